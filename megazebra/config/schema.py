@@ -20,7 +20,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
 
 class RunConfig(Section):
@@ -138,7 +144,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence (Korthikanti et al. 2022)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters sharded over data-parallel ranks."""
+    """DeepSpeed ZeRO, sharded over data-parallel ranks: 0 nothing, 1 optimizer states, 2 also gradients,
+    3 also parameters."""
     timeout_s: Positive = 600.0
     """A collective that waits longer than this ends the run (seconds)."""
 
@@ -161,7 +168,7 @@ class TrainConfig(Section):
     """Sequences per forward pass on one data-parallel rank."""
     global_batch_size: Count = 8
     """Sequences per optimizer step over all ranks; gradient accumulation follows."""
-    seed: CountOrZero = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Seed of the initial weights and the data order."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
@@ -207,7 +214,8 @@ class ScheduleConfig(Section):
 
 class DataConfig(Section):
     path: str | None = None
-    """Prefix of the training corpus: `path`.bin, `path`.idx and `path`.meta.json (tools/preprocess_data.py writes them)."""
+    """Prefix of the training corpus: `path`.bin, `path`.idx and `path`.meta.json, as
+    tools/preprocess_data.py writes them."""
     validation_path: str | None = None
     """Prefix of the held-out corpus; null: no validation."""
     seq_len: Count = 4096

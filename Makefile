@@ -1,0 +1,46 @@
+# make demo   set up, then train a small model on real text with two processes (minutes on a laptop)
+# make test   set up, then run the tests
+# make check  lint, types and the tests: before every commit
+# make test-slow  the long suites
+
+PYTHON ?= python3
+VENV ?= .venv
+# `cpu` pins a CPU build of torch; on a GPU machine: make EXTRAS= demo (an empty value takes the newest torch).
+EXTRAS ?= cpu
+BIN := $(VENV)/bin
+
+comma := ,
+runtime := .$(if $(EXTRAS),[$(EXTRAS)])
+development := .[$(if $(EXTRAS),$(EXTRAS)$(comma))dev]
+
+RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test check test-slow
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/preprocess_data.py --input stdlib --glob '*.py' --output data/stdlib --train-tokenizer 4096
+	$(if $(filter cpu,$(EXTRAS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error --num_gpus 2 pretrain_zebra.py --config examples/tiny_cpu.yaml --run.dir=$(RUN_DIR)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && false)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '$(runtime)'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '$(development)'
+	touch $@ $(VENV)/.installed

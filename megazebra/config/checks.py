@@ -1,0 +1,293 @@
+"""Checks that span keys: functions of the sections they read, yielding (dotted key, what is wrong and the mend).
+
+A check runs when all its sections are valid in themselves, so one bad value hides no other problem.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from megazebra.config.errors import ConfigError
+from megazebra.config.keys import did_you_mean
+from megazebra.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeConfig,
+    ScheduleConfig,
+    Section,
+    TrainConfig,
+    ValidationConfig,
+)
+from megazebra.pattern import pattern_symbols
+
+Problems = Iterator[tuple[str, str]]
+
+
+def heads_fit(model: ModelConfig) -> Problems:
+    heads = model.num_attention_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        yield (
+            "model.hidden_size",
+            f"must be divisible by model.num_attention_heads={heads} "
+            f"(next: {_next_multiple(model.hidden_size, heads)}), or set model.head_dim",
+        )
+    if heads % model.kv_heads:
+        yield (
+            "model.num_kv_heads",
+            f"must divide model.num_attention_heads={heads}: equal groups share a key/value head",
+        )
+
+
+def pattern_fits(model: ModelConfig) -> Problems:
+    try:
+        pattern_symbols(model.pattern, model.num_layers)
+    except ValueError as error:
+        yield "model.pattern", str(error)
+
+
+def rotary_size(model: ModelConfig) -> Problems:
+    """RoPE turns pairs of dimensions."""
+    with_rope = [name for name, rope in _ropes(model) if rope.enabled]
+    if with_rope and model.head_size % 2 and _head_size_is_whole(model):
+        yield (
+            "model.head_dim",
+            f"gives heads of {model.head_size} dimensions; RoPE needs an even number "
+            f"(or set model.{with_rope[0]}.enabled=false)",
+        )
+
+
+_SCALED = ("linear", "ntk", "yarn", "llama3", "longrope")
+# The kinds that read each option of RopeConfig; `theta` describes the unscaled model and belongs to all.
+_READ_BY = {
+    "factor": _SCALED,
+    "original_max_position_embeddings": ("yarn", "llama3", "longrope"),
+    "abf_theta": ("abf",),
+    "beta_fast": ("yarn",),
+    "beta_slow": ("yarn",),
+    "attention_factor": ("yarn", "longrope"),
+    "low_freq_factor": ("llama3",),
+    "high_freq_factor": ("llama3",),
+    "short_factor": ("longrope",),
+    "long_factor": ("longrope",),
+}
+
+
+def rope_scaling(model: ModelConfig) -> Problems:
+    for name, rope in (("rope_global", model.rope_global), ("rope_local", model.rope_local)):
+        if rope.enabled:  # else nothing of it is read, and switching it off for a try should take one key
+            yield from _within(f"model.{name}", _rope_problems(rope, model))
+
+
+def _rope_problems(rope: RopeConfig, model: ModelConfig) -> Problems:
+    kind = rope.scaling
+    yield from _unread(rope, "scaling", _READ_BY)
+    if kind in _SCALED and kind != "longrope" and rope.factor == 1.0:
+        yield "factor", f"must be > 1 with scaling={kind}: new length / original length"
+    if kind in _READ_BY["original_max_position_embeddings"] and rope.original_max_position_embeddings is None:
+        yield (
+            "original_max_position_embeddings",
+            f"is needed by scaling={kind}: the length the unscaled model was trained for",
+        )
+    if kind == "abf" and rope.abf_theta is None:
+        yield "abf_theta", "is needed by scaling=abf: the base that replaces theta"
+    if kind == "yarn" and rope.beta_slow >= rope.beta_fast:
+        yield "beta_slow", f"must be < beta_fast={rope.beta_fast:g}"
+    if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        yield "low_freq_factor", f"must be < high_freq_factor={rope.high_freq_factor:g}"
+    if kind == "longrope":
+        for option, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+            if factors is None:
+                yield option, "is needed by scaling=longrope: a list of head_dim/2 divisors"
+            elif _head_size_is_whole(model) and len(factors) != model.head_size // 2:
+                yield (
+                    option,
+                    f"has {len(factors)} divisors; heads of {model.head_size} dimensions need {model.head_size // 2}",
+                )
+
+
+def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig) -> Problems:
+    tensor = parallel.tensor
+    if model.num_attention_heads % tensor:
+        yield "model.num_attention_heads", f"must be divisible by parallel.tensor={tensor}; lower parallel.tensor"
+    if model.kv_heads % tensor:
+        yield (
+            "model.num_kv_heads",
+            f"gives {model.kv_heads} key/value heads, not divisible by parallel.tensor={tensor}; "
+            "lower parallel.tensor or raise model.num_kv_heads",
+        )
+    if model.ffn_hidden_size % tensor:
+        multiple = _next_multiple(model.ffn_hidden_size, tensor)
+        yield (
+            "model.ffn_hidden_size",
+            f"must be divisible by parallel.tensor={tensor} (next: {multiple}); or lower parallel.tensor",
+        )
+
+
+def sequence_parallel_fits(data: DataConfig, parallel: ParallelConfig) -> Problems:
+    if parallel.sequence_parallel and data.seq_len % parallel.tensor:
+        yield (
+            "data.seq_len",
+            f"must be divisible by parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true "
+            f"(next: {_next_multiple(data.seq_len, parallel.tensor)})",
+        )
+
+
+def context_parallel_exists(parallel: ParallelConfig) -> Problems:
+    if parallel.context != 1:
+        yield "parallel.context", "context parallelism is not available yet in this version; set parallel.context=1"
+
+
+def sequence_fits(model: ModelConfig, data: DataConfig) -> Problems:
+    longest = model.max_position_embeddings
+    if data.seq_len > longest:
+        yield (
+            "data.seq_len",
+            f"exceeds model.max_position_embeddings={longest}; raise model.max_position_embeddings together with "
+            "model.rope_global.scaling, or lower data.seq_len",
+        )
+
+
+def batch_fits(train: TrainConfig) -> Problems:
+    if train.global_batch_size % train.micro_batch_size:
+        multiple = _next_multiple(train.global_batch_size, train.micro_batch_size)
+        yield (
+            "train.global_batch_size",
+            f"must be divisible by train.micro_batch_size={train.micro_batch_size} (next: {multiple})",
+        )
+
+
+def schedule_fits(schedule: ScheduleConfig, train: TrainConfig) -> Problems:
+    steps, warmup = train.steps, schedule.warmup_steps
+    if warmup > steps:
+        yield "schedule.warmup_steps", f"exceeds train.steps={steps}"
+    elif schedule.kind == "wsd":
+        decay = steps // 10 if schedule.decay_steps is None else schedule.decay_steps
+        if warmup + decay > steps:
+            yield (
+                "schedule.decay_steps",
+                f"{decay} decay steps after schedule.warmup_steps={warmup} exceed train.steps={steps}; "
+                "lower one of the two",
+            )
+
+
+def schedule_is_read(schedule: ScheduleConfig) -> Problems:
+    read_by = {"decay_steps": ("wsd",), "min_lr_ratio": ("cosine", "linear", "wsd")}
+    yield from _within("schedule", _unread(schedule, "kind", read_by))
+
+
+def optimizer_is_read(optimizer: OptimizerConfig) -> Problems:
+    read_by = {"momentum": ("sgd",), "betas": ("adamw",), "eps": ("adamw",)}
+    yield from _within("optimizer", _unread(optimizer, "name", read_by))
+
+
+def validation_has_data(validation: ValidationConfig, data: DataConfig) -> Problems:
+    if validation.interval and data.validation_path is None:
+        yield "validation.interval", "needs a held-out corpus: set data.validation_path, or validation.interval=0"
+
+
+def attention_backend_exists(train: TrainConfig) -> Problems:
+    known = {"auto", "reference", "blocked", "flash", "flex"}
+    # Found by their text, not by import: a backend's file imports torch. The others of the folder only help them.
+    folder = Path(__file__).parent.parent / "attention"
+    known |= {file.stem for file in folder.glob("[!_]*.py") if "\ndef attend(" in file.read_text(encoding="utf-8")}
+    known -= {"backend"}
+    if train.attention_backend not in known:
+        names = ", ".join(sorted(known))
+        yield "train.attention_backend", f"must be one of {names}{did_you_mean(train.attention_backend, known)}"
+
+
+CHECKS: tuple[Callable[..., Problems], ...] = (
+    heads_fit,
+    pattern_fits,
+    rotary_size,
+    rope_scaling,
+    tensor_parallel_fits,
+    sequence_parallel_fits,
+    context_parallel_exists,
+    sequence_fits,
+    batch_fits,
+    schedule_fits,
+    schedule_is_read,
+    optimizer_is_read,
+    validation_has_data,
+    attention_backend_exists,
+)
+
+
+def cross_problems(sections: Mapping[str, Section]) -> Problems:
+    """What the checks find in the given sections; a check that reads another section is left out."""
+    for check in CHECKS:
+        names = inspect.signature(check).parameters
+        if all(name in sections for name in names):
+            yield from check(**{name: sections[name] for name in names})
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Check the layout and the batch against the number of processes.
+
+    Raises ConfigError when the processes do not divide into tensor * context groups, or the global batch not
+    into whole micro-batches for every data-parallel rank.
+    """
+    ranks_per_replica = config.parallel.tensor * config.parallel.context
+    if world_size < 1 or world_size % ranks_per_replica:
+        above = _next_multiple(world_size, ranks_per_replica)
+        below = above - ranks_per_replica
+        start = f"{below} or {above}" if below > 0 else f"{above}"
+        raise ConfigError(
+            [
+                f"world size {world_size} is not divisible by parallel.tensor * parallel.context = "
+                f"{ranks_per_replica}; start {start} processes"
+            ]
+        )
+    gradient_accumulation_steps(config, world_size // ranks_per_replica)
+
+
+def gradient_accumulation_steps(config: Config, data_parallel_size: int) -> int:
+    """Micro-batches per optimizer step on each rank. Raises ConfigError when that is no whole number."""
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    per_round = micro * data_parallel_size
+    if batch % per_round:
+        above = _next_multiple(batch, per_round)
+        choices = f"{above - per_round} or {above}" if above > per_round else f"{above}"
+        raise ConfigError(
+            [
+                f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} times "
+                f"{data_parallel_size} data-parallel ranks = {per_round}; set train.global_batch_size to {choices}"
+            ]
+        )
+    return batch // per_round
+
+
+def _unread(section: Section, chooser: str, read_by: Mapping[str, tuple[str, ...]]) -> Problems:
+    """An option that the chosen kind ignores may only keep its default: nothing asked for is silently dropped."""
+    choice = getattr(section, chooser)
+    for option, kinds in read_by.items():
+        if choice not in kinds and getattr(section, option) != type(section).model_fields[option].default:
+            yield option, f"is not read with {chooser}={choice}, only with {' | '.join(kinds)}; remove it"
+
+
+def _within(prefix: str, problems: Problems) -> Problems:
+    return ((f"{prefix}.{key}", message) for key, message in problems)
+
+
+def _ropes(model: ModelConfig) -> list[tuple[str, RopeConfig]]:
+    """The rotary embeddings of the kinds of layer that the pattern has (both, where the pattern is wrong)."""
+    try:
+        symbols = set(pattern_symbols(model.pattern, model.num_layers))
+    except ValueError:
+        symbols = {"G", "L"}
+    ropes = [("rope_global", model.rope_global)] if "G" in symbols else []
+    return ropes + ([("rope_local", model.rope_local)] if symbols != {"G"} else [])
+
+
+def _head_size_is_whole(model: ModelConfig) -> bool:
+    return model.head_dim is not None or model.hidden_size % model.num_attention_heads == 0
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

@@ -1,0 +1,175 @@
+"""From a YAML file and overrides to a checked Config, and back to a file."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megazebra.config import keys
+from megazebra.config.checks import cross_problems
+from megazebra.config.errors import ConfigError
+from megazebra.config.schema import Config, Section
+from megazebra.config.yaml_source import Setting, read_override, read_settings, shown, to_yaml
+
+# Where the type alone says too little.
+_FORMS = {"model.pattern": "a string to tile, such as GLLL, or a list of every layer, such as [G, 128, L]"}
+_NOTES = {"model.window": " (the window counts the query itself)"}
+_LIMITS = {
+    "greater_than_equal": "must be >= {ge:.15g}",
+    "greater_than": "must be > {gt:.15g}",
+    "less_than_equal": "must be <= {le:.15g}",
+    "less_than": "must be < {lt:.15g}",
+    "finite_number": "must be finite",
+}
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (None: the defaults) with `section.key=value` overrides on top.
+
+    Raises ConfigError with every problem at once: files and overrides that cannot be read, unknown keys,
+    values of the wrong type or range, and combinations of keys that don't fit.
+    """
+    settings: list[Setting] = []
+    problems: list[str] = []
+    file_is_readable = True
+    try:
+        settings += [] if path is None else _read_file(Path(path))
+    except ConfigError as error:
+        problems += error.problems
+        file_is_readable = False
+    for override in overrides:
+        try:
+            settings += read_override(override, keys.is_section)
+        except ConfigError as error:
+            problems += error.problems
+
+    accepted: dict[str, Setting] = {}
+    doubtful: set[str] = set()  # sections whose values are not all known: no check across keys would be fair
+    for setting in settings:
+        if problem := _structural_problem(setting):
+            problems.append(problem)
+            doubtful.add(setting.key.partition(".")[0])
+        elif setting.key in keys.fields():
+            accepted[setting.key] = setting
+
+    tree = _nested(accepted.values())
+    sections: dict[str, Section] = {}
+    for name in Config.model_fields:
+        try:
+            # Strict: `true` is no number and "5" no whole number. Construction in Python stays lenient.
+            sections[name] = keys.sections()[name].model_validate(tree.get(name, {}), strict=True)
+        except ValidationError as error:
+            problems += _value_problems(name, error, accepted)
+
+    if file_is_readable:
+        sound = {name: section for name, section in sections.items() if name not in doubtful}
+        for key, message in cross_problems(sound):
+            section, _, rest = key.partition(".")
+            source = accepted[key].source if key in accepted else "default"
+            problems.append(_problem(source, key, keys.value_of(sound[section], rest), message))
+    if problems:
+        raise ConfigError(problems)
+    return Config.model_validate(sections)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every key with its value and documentation; `load_config` gives back an equal Config.
+
+    A reader sees the old file or the whole new one. Raises OSError when the folder is missing or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write("\n".join(_yaml_lines(config, "")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_file(path: Path) -> list[Setting]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise ConfigError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{path}:{line}: is not UTF-8; save the file as UTF-8"]) from None
+    return read_settings(text, str(path), keys.is_section)
+
+
+def _structural_problem(setting: Setting) -> str:
+    """What is wrong whatever the type of the value, or ''."""
+    if setting.problem:
+        return f"{setting.source}: {setting.key}: {setting.problem}"
+    if keys.is_section(setting.key):
+        if setting.value is None:  # `train:` with every key under it commented out
+            return ""
+        example = next(key for key in keys.fields() if key.startswith(f"{setting.key}."))
+        return _problem(setting.source, setting.key, setting.value, f"is a section; set its keys, such as {example}")
+    if setting.key not in keys.fields():
+        suggestion = keys.did_you_mean(setting.key, [*keys.fields(), *filter(None, keys.sections())])
+        return f"{setting.source}: unknown key {setting.key!r}{suggestion}"
+    return ""
+
+
+def _nested(settings: Iterable[Setting]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        *path, name = setting.key.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = tuple(setting.value) if isinstance(setting.value, list) else setting.value
+    return tree
+
+
+def _value_problems(section: str, error: ValidationError, accepted: dict[str, Setting]) -> Iterator[str]:
+    """One line per key: pydantic reports every branch of a union and every element of a list."""
+    seen: set[str] = set()
+    for detail in error.errors(include_url=False):
+        parts = [section, *(str(part) for part in detail["loc"])]
+        key = next(name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in keys.fields())
+        if key in seen:
+            continue
+        seen.add(key)
+        setting = accepted[key]
+        # The limits of an element are told with the whole form: 'must be [a number > 0, ...]'.
+        if detail["type"] in _LIMITS and ".".join(parts) == key:
+            message = _LIMITS[detail["type"]].format(**detail.get("ctx", {}))
+        else:
+            message = f"must be {_FORMS.get(key) or keys.allowed_values(key)}"
+        message += _NOTES.get(key, "")
+        if isinstance(setting.value, bool | int | float) and "text" in message:
+            message += "; put it in quotes to make it text"
+        yield _problem(setting.source, key, setting.value, message)
+
+
+def _problem(source: str, key: str, value: Any, message: str) -> str:
+    subject = f"{key}={shown(value)}"
+    # 'command line --train.steps=abc' has already said it.
+    return f"{source}: {message}" if source.endswith(f" --{subject}") else f"{source}: {subject}: {message}"
+
+
+def _yaml_lines(section: Section, prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if text := keys.documentation(prefix + name):
+            yield textwrap.fill(text, 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, Section):
+            yield f"{indent}{name}:"
+            yield from _yaml_lines(value, f"{prefix}{name}.")
+        else:
+            yield textwrap.indent(to_yaml({name: value}).rstrip("\n"), indent)

@@ -1,0 +1,32 @@
+"""Attention of ranks that hold whole sequences (context-parallel size 1): the kernel alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megazebra.attention.backend import Backend
+from megazebra.attention.packing import Packing
+from megazebra.parallel.mesh import Group
+from megazebra.pattern import AttentionSpec
+
+
+def attend(
+    q_BSHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    *,
+    spec: AttentionSpec,
+    packing: Packing | None,
+    backend: Backend,
+    group: Group,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Output [B, S, H, D] of this rank's queries.
+
+    Raises ValueError when the group has more than one rank: keys outside this rank would not be seen.
+    """
+    if group.size != 1:
+        raise ValueError(
+            f"context strategy 'single' needs whole sequences, got parallel.context={group.size}; set it to 1"
+        )
+    return backend.attend(q_BSHD, k_BSGD, v_BSGD, spec=spec, packing=packing, sinks_H=sinks_H)

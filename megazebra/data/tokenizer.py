@@ -1,0 +1,96 @@
+"""Training, loading and saving tokenizers; everything else sees token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megazebra.data.errors import CorpusError
+from megazebra.data.files import write_atomically
+
+EOD_TOKEN = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte, and EOD
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) learned from `texts`.
+
+    EOD_TOKEN has id 0. The same texts give the same tokenizer. The vocabulary comes out smaller than asked where
+    the text has no more pairs that occur twice. Raises CorpusError below 257 tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise CorpusError(
+            f"a byte-level vocabulary has at least {SMALLEST_VOCABULARY} tokens (256 bytes and {EOD_TOKEN}), "
+            f"not {vocab_size}; ask for a larger one"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _for_documents(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer.json at `path`, set up to encode whole documents. Raises CorpusError where there is none."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CorpusError(
+            f"tokenizer {str(path)!r} cannot be read ({error.strerror}); give the path of a tokenizer.json"
+        ) from error
+    try:
+        return _for_documents(Tokenizer.from_str(content.decode()))
+    except Exception as error:  # the bindings raise bare Exception
+        raise CorpusError(
+            f"{str(path)!r} is no tokenizer ({error}); give a tokenizer.json of the tokenizers library"
+        ) from error
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write tokenizer.json in one step."""
+    write_atomically(path, serialize(tokenizer))
+
+
+def serialize(tokenizer: Tokenizer) -> bytes:
+    """The content of tokenizer.json."""
+    return tokenizer.to_str(pretty=True).encode()
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """sha256 of tokenizer.json as save_tokenizer writes it."""
+    return hashlib.sha256(serialize(tokenizer)).hexdigest()
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, added tokens included (ids may have gaps)."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def eod_id(tokenizer: Tokenizer, token: str = EOD_TOKEN) -> int:
+    """The id of the token that ends documents. Raises CorpusError naming the candidates where it is missing."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        special = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
+        raise CorpusError(
+            f"the tokenizer has no token {token!r} to end documents with; name one of its special tokens "
+            f"({', '.join(special[:20]) or 'it has none'}) with --eod"
+        )
+    return int(found)
+
+
+def _for_documents(tokenizer: Tokenizer) -> Tokenizer:
+    """Encode whatever stands in a document, all of it, as text: also what looks like a special token."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,70 @@
+"""A process's place among its peers before torch is there, and how errors reach the user. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Long enough for rank 0 to speak and for the launcher, which polls every second, to end the others.
+_RANK_ZERO_SPEAKS_FIRST_S = 4.0
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def complete_environment() -> None:
+    """A plain `python pretrain_zebra.py` is a run of one process: give it what a launcher would have set."""
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE", "1"),  # DeepSpeed's launcher says LOCAL_SIZE
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End the process with one message for errors a user can mend, with a traceback for the others.
+
+    ValueError (configuration, data, layout), CheckpointError and TrainingDivergedError are the user's: rank 0
+    prints them; other ranks only if they are still alive after rank 0 had its time, since then the error is
+    theirs alone. MEGAZEBRA_TRACEBACK=1 shows where a message came from. The exit is immediate: waiting
+    for collectives with a rank that is gone would hang.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
+    except BaseException as error:
+        if os.environ.get("MEGAZEBRA_TRACEBACK") == "1":
+            traceback.print_exc()
+        if isinstance(error, ValueError) or type(error).__name__ in ("CheckpointError", "TrainingDivergedError"):
+            _exit(2, f"error: {error}")
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            _exit(1, f"rank {rank()} lost the connection to another rank, which has died; see its own message")
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _exit(code: int, message: str) -> None:
+    if rank() != 0:
+        time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
+        message = f"rank {rank()}: {message}"
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,98 @@
+"""ZebraModel: embedding, blocks with a pattern of global and local attention, norm, output layer.
+
+Parameter names are Hugging Face's Llama names.
+Legend: B batch, S sequence of this context-parallel rank, E width of the residual stream, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megazebra.attention.packing import Packing
+from megazebra.config.schema import ModelConfig, RopeConfig
+from megazebra.models.layers import Block, CosSin, RMSNorm, recomputed
+from megazebra.models.rope import cos_sin
+from megazebra.models.runtime import ModelRuntime
+from megazebra.parallel.collectives import enter_tensor_parallel
+from megazebra.parallel.cross_entropy import VocabParallelHead
+from megazebra.parallel.linear import VocabParallelEmbedding
+from megazebra.parallel.mesh import ParallelMesh
+
+
+class ZebraDecoder(nn.Module):
+    """Tokens to final hidden states, [B, S, E], or [B, S/tp, E] under sequence parallelism."""
+
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh, runtime: ModelRuntime) -> None:
+        super().__init__()
+        self.config = config
+        self.runtime = runtime
+        self.cp_size = mesh.cp.size
+        self.specs = config.attention_specs()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, mesh.tp, sequence_parallel=runtime.sequence_parallel
+        )
+        self.layers = nn.ModuleList(
+            Block(config, spec, mesh, runtime, f"layers.{i}") for i, spec in enumerate(self.specs)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp if runtime.sequence_parallel else None)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None) -> Tensor:
+        # Layers that share a RopeConfig share one table: two of them at most, unless the pattern names more.
+        tables = {spec.rope: self._rope_table(spec.rope, positions_BS) for spec in self.specs}
+        recompute_blocks = self.runtime.recompute == "full" and torch.is_grad_enabled()
+        x_BSE = self.embed_tokens(tokens_BS)
+        for layer, spec in zip(self.layers, self.specs, strict=True):
+            inputs = (x_BSE, tables[spec.rope], packing)
+            x_BSE = recomputed(layer, *inputs) if recompute_blocks else layer(*inputs)
+        return self.norm(x_BSE)
+
+    def _rope_table(self, rope: RopeConfig, positions_BS: Tensor) -> CosSin:
+        if not rope.enabled:
+            return None
+        return cos_sin(rope, self.config.head_size, positions_BS, positions_BS.shape[1] * self.cp_size)
+
+
+class ZebraModel(nn.Module):
+    """A causal language model whose layers attend as `config.pattern` says.
+
+    Weights are uninitialized until `models.initialization` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: ParallelMesh, runtime: ModelRuntime) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.runtime = runtime
+        self.model = ZebraDecoder(config, mesh, runtime)
+        self.lm_head = VocabParallelHead(
+            config.vocab_size,
+            config.hidden_size,
+            mesh.tp,
+            chunk=runtime.loss_chunk,
+            softcap=config.final_logit_softcap,
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        packing: Packing | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """Summed cross-entropy of this rank's tokens (fp32 scalar, the same on every tp rank).
+
+        tokens_BS: int64 token ids. labels_BS: int64, already shifted, -100 where not counted; None returns the
+        logits [B, S, V]. positions_BS: int64, 0..S-1 where None; packed documents restart at 0.
+        packing: documents of each row; None: one each. reduction: 'none' returns the loss of each token
+        [B, S], without gradients.
+        """
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        hidden_BSE = self.model(tokens_BS, positions_BS, packing)
+        hidden_BSE = enter_tensor_parallel(
+            hidden_BSE, self.mesh.tp, sequence_parallel=self.runtime.sequence_parallel, label="lm_head"
+        )
+        return self.lm_head(hidden_BSE, labels_BS, reduction)

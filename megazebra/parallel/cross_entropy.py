@@ -1,0 +1,144 @@
+"""Output layer and cross-entropy over a vocabulary split over tp, in chunks of tokens.
+
+Logits exist for one chunk at a time (chunk x V/tp), never for the whole sequence: both gradients are formed
+while the chunk's logits are there, since the loss is a plain sum and its incoming gradient one scalar.
+
+Legend: N tokens (rows of all sequences), C tokens of a chunk, E hidden, V vocabulary of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megazebra.labels import IGNORE_INDEX
+from megazebra.parallel.collectives import all_gather, all_reduce
+from megazebra.parallel.mesh import Group
+from megazebra.parallel.sharding import mark_sharded
+
+
+class _Chunk:
+    """Log-probabilities of one chunk's labels, and what its gradient needs."""
+
+    def __init__(self, hidden_CE: Tensor, weight_VE: Tensor, labels_C: Tensor, head: VocabParallelHead) -> None:
+        compute = torch.promote_types(hidden_CE.dtype, torch.float32)
+        logits_CV = (hidden_CE @ weight_VE.T).to(compute)
+        self.softcap = head.softcap
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        if head.padding:
+            logits_CV[:, weight_VE.shape[0] - head.padding :] = -torch.inf
+        self.logits_CV = logits_CV
+        self.valid_C = labels_C != IGNORE_INDEX
+        local_C = labels_C - head.first_token
+        self.here_C = self.valid_C & (local_C >= 0) & (local_C < weight_VE.shape[0])
+        self.target_C = local_C.masked_fill(~self.here_C, 0)
+        maximum_C = all_reduce(logits_CV.amax(dim=-1), head.tp, maximum=True, label="loss")
+        sum_exp_C = torch.exp(logits_CV - maximum_C[:, None]).sum(dim=-1)
+        target_logit_C = logits_CV.gather(1, self.target_C[:, None])[:, 0].masked_fill(~self.here_C, 0)
+        sum_exp_C, target_logit_C = all_reduce(torch.stack([sum_exp_C, target_logit_C]), head.tp, label="loss")
+        self.log_normalizer_C = maximum_C + sum_exp_C.log()
+        self.loss_C = (self.log_normalizer_C - target_logit_C).masked_fill(~self.valid_C, 0)
+
+    def logit_gradient(self) -> Tensor:
+        """d(sum of losses)/d(logits before the soft-cap): softmax minus one-hot, [C, V]."""
+        grad_CV = torch.exp(self.logits_CV - self.log_normalizer_C[:, None])
+        rows = torch.arange(grad_CV.shape[0], device=grad_CV.device)
+        grad_CV[rows, self.target_C] -= self.here_C.to(grad_CV.dtype)
+        grad_CV *= self.valid_C[:, None]
+        if self.softcap is not None:
+            slope_CV = 1 - (self.logits_CV / self.softcap) ** 2
+            grad_CV = torch.where(grad_CV == 0, grad_CV, grad_CV * slope_CV)  # padding: 0 * inf
+        return grad_CV
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, head: VocabParallelHead) -> Tensor:
+        compute = torch.promote_types(hidden_NE.dtype, torch.float32)
+        total = hidden_NE.new_zeros((), dtype=compute)
+        grad_hidden_NE = torch.empty_like(hidden_NE) if ctx.needs_input_grad[0] else None
+        grad_weight_VE = torch.zeros_like(weight_VE, dtype=compute) if ctx.needs_input_grad[1] else None
+        for rows in head.chunks(hidden_NE.shape[0]):
+            hidden_CE = hidden_NE[rows]
+            chunk = _Chunk(hidden_CE, weight_VE, labels_N[rows], head)
+            total += chunk.loss_C.sum()
+            if grad_hidden_NE is None and grad_weight_VE is None:
+                continue
+            grad_CV = chunk.logit_gradient().to(hidden_NE.dtype)
+            del chunk
+            if grad_hidden_NE is not None:
+                torch.mm(grad_CV, weight_VE, out=grad_hidden_NE[rows])
+            if grad_weight_VE is not None:
+                if grad_weight_VE.dtype == grad_CV.dtype:
+                    grad_weight_VE.addmm_(grad_CV.T, hidden_CE)
+                else:
+                    grad_weight_VE += grad_CV.T @ hidden_CE
+        ctx.weight_dtype = weight_VE.dtype
+        ctx.save_for_backward(grad_hidden_NE, grad_weight_VE)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden_NE, grad_weight_VE = ctx.saved_tensors
+        if grad_hidden_NE is not None:
+            grad_hidden_NE = grad_hidden_NE * grad.to(grad_hidden_NE.dtype)
+        if grad_weight_VE is not None:
+            grad_weight_VE = (grad_weight_VE * grad).to(ctx.weight_dtype)
+        return grad_hidden_NE, grad_weight_VE, None, None
+
+
+class VocabParallelHead(nn.Module):
+    """Output layer with the vocabulary split over tp, padded to a multiple of it (padding is never predicted).
+
+    Hidden states [B, S, E] are replicated over tp; labels [B, S] are int64, IGNORE_INDEX where not counted.
+    `forward` is the only entry, since ZeRO-3 gathers a module's weights around it:
+    with labels and reduction 'sum', the summed cross-entropy (fp32 scalar, the same on every tp rank);
+    with 'none', the loss of every token [B, S], without gradients;
+    without labels, the logits [B, S, vocab_size] (differentiable where tp is 1).
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: Group, *, chunk: int, softcap: float | None = None
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.chunk = chunk
+        self.softcap = softcap
+        self.vocab_size = vocab_size
+        rows = -(-vocab_size // tp.size)
+        self.first_token = tp.rank * rows
+        self.padding = min(rows, max(0, self.first_token + rows - vocab_size))
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        mark_sharded(self.weight, dim=0, full_size=vocab_size)
+
+    def forward(
+        self, hidden_BSE: Tensor, labels_BS: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        if labels_BS is None:
+            return self._logits(hidden_BSE)
+        hidden_NE, labels_N = hidden_BSE.flatten(0, 1), labels_BS.flatten()
+        if reduction == "sum":
+            return _SummedLoss.apply(hidden_NE, self.weight, labels_N, self)
+        with torch.no_grad():
+            losses = [
+                _Chunk(hidden_NE[rows], self.weight, labels_N[rows], self).loss_C for rows in self.chunks(len(labels_N))
+            ]
+        return torch.cat(losses).view_as(labels_BS)
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        return (slice(start, start + self.chunk) for start in range(0, num_tokens, self.chunk))
+
+    def _logits(self, hidden_BSE: Tensor) -> Tensor:
+        logits_BSV = F.linear(hidden_BSE, self.weight)
+        if self.softcap is not None:
+            logits_BSV = self.softcap * torch.tanh(logits_BSV / self.softcap)
+        if self.tp.size > 1:
+            logits_BSV = all_gather(logits_BSV.detach(), self.tp, dim=-1, label="logits")
+        return logits_BSV[..., : self.vocab_size]

@@ -1,0 +1,65 @@
+"""The training loop: data, step, report, validate, save."""
+
+from __future__ import annotations
+
+import time
+
+from megazebra.checkpoint.manager import Progress
+from megazebra.data.batch import MicroBatch
+from megazebra.plan.flops import training_flops
+from megazebra.train.session import Session
+
+
+def train(session: Session) -> None:
+    """Train from where the session stands to `train.steps`.
+
+    Raises TrainingDivergedError (too many bad updates in a row) and CheckpointError (cannot save), on all ranks.
+    """
+    config, engine, mesh, progress = session.config, session.engine, session.mesh, session.progress
+    steps, batch_size = config.train.steps, config.train.global_batch_size
+    while progress.step < steps:
+        started = time.perf_counter()
+        mesh.traffic.reset()
+        batches = [place(batch, session) for batch in session.loader.next_step(progress.samples)]
+        samples = f"samples {progress.samples} to {progress.samples + batch_size - 1}"
+        result = engine.train_step(batches, progress.step, samples)
+        progress = Progress(
+            progress.step + 1, progress.samples + batch_size, progress.tokens + batch_size * config.data.seq_len
+        )
+        seconds = time.perf_counter() - started
+        if session.reporter is not None:
+            flops = device_flops(batches, session)
+            session.reporter.step(progress, result, seconds, flops, mesh.traffic, samples)
+        if session.validation is not None and _due(progress.step, config.validation.interval, steps):
+            validate(session, progress.step)
+        if _due(progress.step, config.checkpoint.interval, steps):
+            session.checkpoints.save(progress)
+    if session.reporter is not None:
+        session.reporter.close(progress, engine.guard.total_skips)
+
+
+def validate(session: Session, step: int) -> None:
+    assert session.validation is not None
+    started = time.perf_counter()
+    loss = session.engine.evaluate([place(batch, session) for batch in session.validation()])
+    if session.reporter is not None:
+        session.reporter.validation(step, loss, time.perf_counter() - started)
+
+
+def place(batch: MicroBatch, session: Session) -> MicroBatch:
+    """This rank's part of the batch, on its device."""
+    return batch.context_slice(session.mesh.cp.rank, session.mesh.cp.size).to(session.device)
+
+
+def device_flops(batches: list[MicroBatch], session: Session) -> float:
+    """Model operations of this rank's share of the step."""
+    lengths: list[int] = []
+    for batch in batches:
+        for row in batch.document_lengths or [[session.config.data.seq_len]] * batch.tokens_BS.shape[0]:
+            lengths += row
+    mesh = session.mesh
+    return training_flops(session.config.model, lengths) / (mesh.tp.size * mesh.cp.size)
+
+
+def _due(step: int, interval: int, last: int) -> bool:
+    return step == last or (interval > 0 and step % interval == 0)

@@ -1,0 +1,79 @@
+"""metrics.jsonl: one JSON object a line, the record that plots, trackers and reports are made from.
+
+Training rows (`"kind": "train"`), one per step:
+    step              updates made, this one included
+    tokens            tokens seen since the start of the run, over all ranks
+    loss              mean cross-entropy over the valid tokens of the global batch, nats
+    grad_norm         global gradient norm before clipping
+    lr                learning rate of the update
+    step_time_s       wall time since the last step ended, data included
+    tokens_per_s      tokens of the global batch / step_time_s
+    flops_per_s       model operations of one device / step_time_s (megazebra/plan/flops.py says what counts)
+    mfu               flops_per_s / peak of the device; null where the peak is not known
+    comm_bytes        bytes rank 0 received in this step's collectives, ZeRO's included
+    comm              the same by group and kind: {"tp.all_reduce": {"calls": .., "bytes": ..}}
+    peak_memory_bytes most device memory rank 0 has allocated; on CPU its largest resident size
+    skipped           why the update was not made; absent otherwise
+Validation rows (`"kind": "validation"`): step, loss, seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """Append-only; a row is on disk when `write` returns, so a killed run keeps all it had.
+
+    resumed_step: rows after it belong to a run that went further than its last checkpoint and are dropped.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        self.path = path
+        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
+        temporary = path.with_name(path.name + ".writing")
+        with temporary.open("w") as file:
+            file.writelines(_line(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file: TextIO = path.open("a")
+
+    def write(self, row: Row) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All whole rows; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _line(row: Row) -> str:
+    # NaN and inf are no JSON: a skipped step's loss becomes null, and `skipped` says what it was.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,36 @@
+"""loss.png: training and validation loss over tokens."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megazebra.train.metrics import read_metrics
+
+
+def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
+    """Draw the losses of a metrics.jsonl; `unigram` is the cross-entropy of a unigram model, in nats."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(metrics)
+    tokens_at = {row["step"]: row["tokens"] for row in rows if row["kind"] == "train"}
+    train = [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "train" and row["loss"] is not None]
+    validation = [(tokens_at[row["step"]], row["loss"]) for row in rows if row["kind"] == "validation"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#555555", linewidth=1, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#c0392b", markersize=4, label="validation")
+    if unigram is not None:
+        axes.axhline(unigram, color="#2980b9", linestyle="--", linewidth=1, label="unigram model (validation)")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = target.with_name(target.name + ".writing")
+    figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)
+    os.replace(temporary, target)

@@ -1,0 +1,110 @@
+"""Everything a run tells the world: console, metrics.jsonl, trackers, plot. Rank 0 speaks, others are silent."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from megazebra.checkpoint.manager import Progress
+from megazebra.config.schema import Config
+from megazebra.parallel.traffic import TrafficCounter
+from megazebra.plan.hardware import peak_flops
+from megazebra.train.console import Console
+from megazebra.train.engine import StepResult
+from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
+from megazebra.train.plot import plot_loss
+from megazebra.train.trackers import open_trackers
+
+_FINAL_MEAN_STEPS = 20
+
+
+class Reporter:
+    """Reports of rank 0.
+
+    device_name: as the maker calls it, for MFU. unigram: cross-entropy of a unigram model on the validation
+    corpus in nats, None where it is not known.
+    """
+
+    def __init__(
+        self, config: Config, progress: Progress, device: Any, device_name: str, unigram: float | None
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.unigram = unigram
+        self.peak = peak_flops(device_name, config.train.precision)
+        self.folder = Path(config.run.dir)
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step)
+        self.trackers = open_trackers(config)
+        self.console = Console(config.logging.progress, config.logging.interval, progress.step, config.train.steps)
+        self.started = time.perf_counter()
+        self.first = progress
+
+    def message(self, text: str) -> None:
+        self.console.message(text)
+
+    def step(
+        self, progress: Progress, result: StepResult, seconds: float, device_flops: float, traffic: TrafficCounter,
+        samples: str,
+    ) -> None:  # fmt: skip
+        tokens = self.config.train.global_batch_size * self.config.data.seq_len
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "step_time_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "flops_per_s": device_flops / seconds,
+            "mfu": device_flops / seconds / self.peak if self.peak else None,
+            "comm_bytes": traffic.total_bytes,
+            "comm": {name: vars(tally) for name, tally in traffic.by_kind().items()},
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        if result.skipped is not None:
+            row |= {"skipped": result.skipped, "samples": samples}
+        self._record(row)
+        self.console.step(row)
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        row = {"kind": "validation", "step": step, "loss": loss, "seconds": seconds}
+        self._record(row)
+        self.console.validation(row)
+
+    def close(self, progress: Progress, skips: int) -> None:
+        """Draw the plot and print the summary of a run that has reached its end."""
+        self.console.close()
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+        plot_loss(self.metrics.path, self.folder / "loss.png", self.unigram)
+        print("\n".join(self._summary(progress, skips)), flush=True)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    def _summary(self, progress: Progress, skips: int) -> list[str]:
+        rows = read_metrics(self.metrics.path)
+        losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
+        validation = [row["loss"] for row in rows if row["kind"] == "validation"]
+        minutes, seconds = divmod(time.perf_counter() - self.started, 60)
+        done = progress.step - self.first.step
+        lines = [
+            "",
+            f"{progress.step} steps, {progress.tokens:,} tokens ({done} steps now, {minutes:.0f} min {seconds:.0f} s)"
+            + (f", {skips} updates skipped" if skips else ""),
+        ]
+        if losses:
+            last = losses[-_FINAL_MEAN_STEPS:]
+            lines.append(f"  train loss       {sum(last) / len(last):.4f}  (mean of the last {len(last)} steps)")
+        if validation:
+            bar = "" if self.unigram is None else f"  (the bar to beat, a unigram model: {self.unigram:.4f})"
+            lines.append(f"  validation loss  {validation[-1]:.4f}{bar}")
+        lines.append(f"  written to {self.folder}:")
+        lines += [f"    {name}" for name in ("metrics.jsonl", "loss.png", "config.yaml")]
+        latest = (self.folder / "checkpoints" / "latest").read_text().strip()
+        return [*lines, f"    checkpoints/{latest}"]

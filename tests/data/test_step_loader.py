@@ -1,0 +1,155 @@
+"""Micro-batches: labels, positions and boundaries against plain Python, and one order whatever the layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from megazebra.data.batch import collate
+from megazebra.data.corpus_writer import CorpusWriter
+from megazebra.data.errors import CorpusError
+from megazebra.data.indexed_corpus import Corpus
+from megazebra.data.loader import StepLoader, validation_batches
+from megazebra.data.samples import CorpusSamples, Sample
+from megazebra.labels import IGNORE_INDEX
+
+EOD = 0
+SEQ_LEN = 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """200 documents of 0 to 39 tokens and EOD."""
+    random = np.random.default_rng(0)
+    prefix = tmp_path_factory.mktemp("corpus") / "train"
+    with CorpusWriter(prefix, vocab_size=100, eod_id=EOD) as writer:
+        writer.add_documents([[*random.integers(1, 100, random.integers(0, 40)), EOD] for _ in range(200)])
+    return Corpus.open(prefix)
+
+
+@pytest.fixture(scope="module")
+def samples(corpus):
+    return CorpusSamples(corpus, SEQ_LEN, seed=1)
+
+
+def naive_rows(corpus: Corpus, samples: CorpusSamples, index: int, document_mask: bool):
+    """Tokens, labels, positions and document lengths, one token at a time."""
+    line = [(d, int(t)) for d, start, n in samples.order.locate(index) for t in corpus.read(d, start, n)]
+    tokens, labels, positions, lengths = [], [], [], []
+    document = None
+    for here, after in itertools.pairwise(line):
+        if here[0] != document:
+            document = here[0]
+            lengths.append(0)
+        lengths[-1] += 1
+        tokens.append(here[1])
+        labels.append(IGNORE_INDEX if document_mask and after[0] != here[0] else after[1])
+        positions.append(lengths[-1] - 1 if document_mask else len(positions))
+    return tokens, labels, positions, lengths
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_rows_match_the_naive_construction(corpus, samples, document_mask):
+    indices = list(range(samples.samples_per_epoch))
+    batch = collate([samples[i] for i in indices], document_mask=document_mask)
+    expected = [naive_rows(corpus, samples, i, document_mask) for i in indices]
+    assert batch.sample_indices == indices
+    assert batch.tokens_BS.tolist() == [row[0] for row in expected]
+    assert batch.labels_BS.tolist() == [row[1] for row in expected]
+    assert batch.positions_BS.tolist() == [row[2] for row in expected]
+    assert batch.document_lengths == ([row[3] for row in expected] if document_mask else None)
+    assert batch.valid_tokens == sum(label != IGNORE_INDEX for row in expected for label in row[1])
+    for tensor in (batch.tokens_BS, batch.labels_BS, batch.positions_BS):
+        assert tensor.dtype == torch.int64
+        assert tensor.is_contiguous()
+
+
+def test_every_end_of_document_is_without_label_under_the_mask(samples):
+    batch = collate([samples[i] for i in range(samples.samples_per_epoch)], document_mask=True)
+    assert torch.equal(batch.labels_BS == IGNORE_INDEX, batch.tokens_BS == EOD)
+
+
+def test_document_that_ends_with_the_inputs():
+    """Its label would be the next document's first token, which lies only in the L + 1st place."""
+    sample = Sample(np.array([5, 6, 0, 7]), [3, 1], 0)
+    assert sample.document_lengths == [3]
+    assert collate([sample], document_mask=True).labels_BS.tolist() == [[6, 0, IGNORE_INDEX]]
+    assert collate([sample], document_mask=False).labels_BS.tolist() == [[6, 0, 7]]
+
+
+def test_batch_moves_to_a_device(samples):
+    batch = collate([samples[0]], document_mask=True)
+    moved = batch.to("meta")
+    assert moved.tokens_BS.device.type == moved.labels_BS.device.type == moved.positions_BS.device.type == "meta"
+    assert moved.document_lengths == batch.document_lengths
+
+
+def step_rows(samples, consumed, dp_size, micro_batch_size, global_batch_size=8):
+    """(index, tokens) of a step over all ranks, in the order of the ranks."""
+    rows = []
+    for rank in range(dp_size):
+        loader = StepLoader(
+            samples,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=dp_size,
+        )
+        batches = loader.next_step(consumed)
+        assert len(batches) == global_batch_size // (dp_size * micro_batch_size)
+        assert all(batch.tokens_BS.shape == (micro_batch_size, SEQ_LEN) for batch in batches)
+        rows += [row for batch in batches for row in zip(batch.sample_indices, batch.tokens_BS.tolist(), strict=True)]
+    return rows
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_same_samples_whatever_the_layout(samples, dp_size, micro_batch_size):
+    expected = [(i, samples[i].tokens[:-1].tolist()) for i in range(32)]
+    found = [row for step in range(4) for row in step_rows(samples, 8 * step, dp_size, micro_batch_size)]
+    assert found == expected
+
+
+def test_resuming_continues_the_undisturbed_run(corpus, samples):
+    """From any integer, under another layout, in a fresh process's objects, across an epoch."""
+    start = samples.samples_per_epoch - 12
+    undisturbed = [row for step in range(4) for row in step_rows(samples, start + 8 * step, 1, 4)]
+    fresh = CorpusSamples(corpus, SEQ_LEN, seed=1)
+    resumed = [row for step in range(2, 4) for row in step_rows(fresh, start + 8 * step, 4, 1)]
+    assert resumed == undisturbed[16:]
+
+
+def test_unequal_micro_batches_are_refused(samples):
+    with pytest.raises(ValueError, match=r"train\.global_batch_size=6 .* take a multiple of 4"):
+        StepLoader(samples, global_batch_size=6, micro_batch_size=2, dp_size=2)
+    with pytest.raises(ValueError, match="dp_rank=2 is outside"):
+        StepLoader(samples, global_batch_size=8, micro_batch_size=2, dp_rank=2, dp_size=2)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("num_samples", [1, 10, 10_000])
+def test_validation_is_the_same_set_in_equal_counts(corpus, dp_size, micro_batch_size, num_samples):
+    samples = CorpusSamples(corpus, SEQ_LEN, shuffle=False)
+    ranks = [
+        list(validation_batches(samples, num_samples, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size))
+        for rank in range(dp_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for batches in ranks for batch in batches]
+    assert all(batch.tokens_BS.shape == (micro_batch_size, SEQ_LEN) for batch in batches)
+    available = min(num_samples, samples.samples_per_epoch)
+    whole = collate([samples[i] for i in range(available)], document_mask=True)
+    assert sorted(i for batch in batches for i in batch.sample_indices if i >= 0) == list(range(available))
+    assert sum(batch.valid_tokens for batch in batches) == whole.valid_tokens
+    for batch in batches:
+        for row, index in enumerate(batch.sample_indices):
+            assert index >= 0 or (batch.labels_BS[row] == IGNORE_INDEX).all()
+
+
+def test_corpus_smaller_than_a_sample_is_named(corpus):
+    with pytest.raises(CorpusError, match=r"train' has .* lower data\.seq_len"):
+        CorpusSamples(corpus, 10**6)

@@ -1,0 +1,162 @@
+"""Tiny models and batches, trained under any layout and by a plain torch loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megazebra.config.schema import Config
+from megazebra.data.batch import MicroBatch, collate
+from megazebra.data.samples import Sample
+from megazebra.models.build import build_model, forward, model_runtime
+from megazebra.models.initialization import full_weights, initialize
+from megazebra.parallel.mesh import ParallelMesh
+from megazebra.train.deepspeed_config import deepspeed_config
+from megazebra.train.engine import TrainEngine, start_deepspeed
+from megazebra.train.schedule import learning_rate
+
+CPU = torch.device("cpu")
+
+TINY: dict[str, Any] = {
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_kv_heads": 4,
+        "vocab_size": 61,  # divisible by nothing: every tensor-parallel size pads
+        "max_position_embeddings": 64,
+        "pattern": "GLLL",
+        "window": 5,
+    },
+    "train": {
+        "steps": 10,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "precision": "fp32",
+        "loss_chunk": 24,
+        "guard": {"enabled": False},
+    },
+    "optimizer": {"lr": 1e-2, "grad_clip": 1.0},
+    "schedule": {"kind": "cosine", "warmup_steps": 2},
+    "data": {"seq_len": 32},
+    "parallel": {"zero_stage": 0},
+}
+
+
+def tiny_config(**dotted: Any) -> Config:
+    """TINY with changes such as `parallel__tensor=2` (two underscores for a dot)."""
+    tree: dict[str, Any] = {section: dict(keys) for section, keys in TINY.items()}
+    for key, value in dotted.items():
+        section, name = key.split("__", 1)
+        tree.setdefault(section, {})[name] = value
+    return Config.model_validate(tree)
+
+
+class RandomSamples:
+    """Samples of random tokens in documents of random lengths; some labels do not count, so that ranks
+    have unequal numbers of valid tokens."""
+
+    samples_per_epoch = 1 << 20
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+
+    def __getitem__(self, index: int) -> Sample:
+        random = np.random.default_rng(index)
+        tokens = random.integers(0, self.vocab_size, self.seq_len + 1)
+        cuts = np.sort(random.choice(np.arange(1, self.seq_len), size=index % 3, replace=False))
+        lengths = np.diff([0, *cuts, self.seq_len + 1]).tolist()
+        mask = random.random(self.seq_len) < (0.3 if index % 2 else 0.9)
+        return Sample(tokens, lengths, index, mask)
+
+
+def step_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    samples = RandomSamples(config.model.vocab_size, config.data.seq_len)
+    share = config.train.global_batch_size // dp_size
+    micro = config.train.micro_batch_size
+    first = step * config.train.global_batch_size + dp_rank * share
+    return [
+        collate([samples[i] for i in range(start, start + micro)], document_mask=True)
+        for start in range(first, first + share, micro)
+    ]
+
+
+@dataclass
+class Trajectory:
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def make_engine(config: Config) -> TrainEngine:
+    mesh = ParallelMesh.build(config.parallel)
+    runtime = model_runtime(config, CPU)
+    return TrainEngine(
+        config,
+        mesh,
+        CPU,
+        deepspeed_config(config, mesh.dp.size),
+        build_model=lambda: build_model(config, mesh, runtime),
+        forward=forward,
+    )
+
+
+def run_steps(engine: TrainEngine, config: Config, steps: range) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in steps:
+        batches = step_batches(config, step, engine.mesh.dp.rank, engine.mesh.dp.size)
+        result = engine.train_step(batches, step, "random samples")
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return losses, norms
+
+
+def train_under_deepspeed(configs: list[Config]) -> list[Trajectory]:
+    """One run after another on the same ranks (called on every rank)."""
+    start_deepspeed(CPU, timeout_s=120)
+    trajectories = []
+    for config in configs:
+        engine = make_engine(config)
+        losses, norms = run_steps(engine, config, range(config.train.steps))
+        weights = full_weights(engine.module, engine.mesh.tp, engine.gathered)
+        trajectories.append(Trajectory(losses, norms, weights))
+        engine.deepspeed.destroy()
+    return trajectories
+
+
+def train_plainly(config: Config) -> Trajectory:
+    """The same training in one process with nothing but torch: no mesh, no engine, no accumulation tricks."""
+    mesh = ParallelMesh.build(tiny_config().parallel)
+    model = build_model(config, mesh, model_runtime(config, CPU))
+    initialize(model, config.model, config.train.seed, mesh.tp)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decay, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer
+    if config.optimizer.name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    losses, norms = [], []
+    for step in range(config.train.steps):
+        (batch,) = step_batches(
+            config.model_copy(
+                update={"train": config.train.model_copy(update={"micro_batch_size": config.train.global_batch_size})}
+            ),
+            step, 0, 1,
+        )  # fmt: skip
+        loss = forward(model, batch) / batch.valid_tokens
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
+        optimizer.step()
+        losses.append(loss.item())
+    return Trajectory(losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()})
