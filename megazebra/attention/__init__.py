@@ -8,6 +8,7 @@ Query i of row b sees key j when, with offset = T - S,
     j >= document_start[b, i]             (packed documents)
 """
 
+from megazebra.attention.backend import BackendChoice, backend_names, load_backend, resolve_backend
 from megazebra.attention.packing import Packing
 
-__all__ = ["Packing"]
+__all__ = ["BackendChoice", "Packing", "backend_names", "load_backend", "resolve_backend"]

@@ -76,7 +76,7 @@ class Packing:
                 raise ValueError(f"row {row} of the packing has {S} queries and {T} keys, but row 0 has "
                                  f"{queries_per_row} and {keys_per_row}; pad every row to the same length")  # fmt: skip
             ends_apart = np.cumsum(keys) - np.cumsum(queries) != T - S
-            if S == 0 or (ends_apart & (queries > 0)).any():
+            if S == 0 or (keys < queries).any() or (ends_apart & (queries > 0)).any():
                 raise ValueError(f"row {row} of the packing: queries {list(query_row)} and keys {list(key_row)} "
                                  "do not end together in every document")  # fmt: skip
             starts.append(np.repeat(np.cumsum(keys) - keys, queries))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megazebra.attention.backend import Backend
+from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
 from megazebra.parallel.mesh import Group
 from megazebra.pattern import AttentionSpec
@@ -17,7 +17,7 @@ def attend(
     *,
     spec: AttentionSpec,
     packing: Packing | None,
-    backend: Backend,
+    backend: BackendChoice,
     group: Group,
     sinks_H: Tensor | None = None,
 ) -> Tensor:

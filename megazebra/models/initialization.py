@@ -5,8 +5,8 @@ Both are independent of the layout: a weight is drawn (or given) whole, and ever
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -41,7 +41,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int, tp: Group, gath
                 std = config.init_std
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std /= math.sqrt(2 * config.num_layers)
-                generator = torch.Generator(parameter.device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+                generator = torch.Generator(parameter.device).manual_seed(_stream(seed, name))
                 full = torch.empty(full_shape(parameter, parameter.shape), device=parameter.device)
                 full.normal_(0, std, generator=generator)
                 parameter.copy_(shard_of(full, parameter, parameter.shape, tp))
@@ -53,10 +53,16 @@ def load_full_weights(
 ) -> None:
     """Copy whole weights (Hugging Face names) into the model's shards.
 
-    A tied output layer may be absent. Raises ValueError on missing, unexpected or wrongly shaped weights,
-    all named at once.
+    A tied output layer may be absent. Raises ValueError on missing, unexpected or wrongly shaped weights and
+    on a tied output layer with values of its own, all named at once.
     """
-    problems = [f"unexpected {name}" for name in sorted(set(weights) - set(_names(model)))]
+    first_names, problems = _first_names(model), []
+    for name in sorted(weights):
+        first = first_names.get(name)
+        if first is None:
+            problems.append(f"unexpected {name}")
+        elif name != first and first in weights and not torch.equal(weights[name], weights[first]):
+            problems.append(f"{name} differs from {first}; set model.tie_word_embeddings=false to keep both")
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
             wanted = full_shape(parameter, parameter.shape)
@@ -80,5 +86,12 @@ def full_weights(model: nn.Module, tp: Group, gathered: Gathered = in_place) -> 
     return weights
 
 
-def _names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+def _stream(seed: int, name: str) -> int:
+    """A seed of 32 bits: torch's generator on CPU ignores the higher ones."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For every name of a parameter the one that `named_parameters` gives; tied weights have two names."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first.setdefault(p, name) for name, p in model.named_parameters(remove_duplicate=False)}

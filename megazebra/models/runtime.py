@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megazebra.attention.backend import Backend
+from megazebra.attention.backend import BackendChoice
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ModelRuntime:
     loss_chunk: tokens per chunk of the output layer and cross-entropy.
     """
 
-    backend: Backend
+    backend: BackendChoice
     sequence_parallel: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     loss_chunk: int = 1024

@@ -46,6 +46,6 @@ class Console:
         width = len(str(self.total_steps))
         return (
             f"step {row['step']:>{width}}/{self.total_steps}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}"
-            f"  lr {row['lr']:.2e}  {row['tokens_per_s']:>8,.0f} tok/s  {row['flops_per_s'] / 1e12:.3f} TFLOP/s{mfu}"
+            f"  lr {row['lr']:.2e}  {row['tokens_per_s']:>8,.0f} tok/s  {row['flops_per_s'] / 1e9:,.1f} GFLOP/s{mfu}"
             f"  {row['step_time_s']:.2f} s"
         )

@@ -249,7 +249,7 @@ class TrainEngine:
         norm = math.sqrt(all_reduce(squares[0], self.mesh.tp, label="grad_norm").item() + squares[1].item())
         limit = self.config.optimizer.grad_clip
         if 0 < limit < norm < math.inf:
-            torch._foreach_mul_(grads, limit / norm)
+            torch._foreach_mul_(grads, limit / (norm + 1e-6))  # as torch and ZeRO do, so that stages agree
         return norm
 
     def _count_traffic(self) -> None:

@@ -33,7 +33,7 @@ def train(session: Session) -> None:
         if session.validation is not None and _due(progress.step, config.validation.interval, steps):
             validate(session, progress.step)
         if _due(progress.step, config.checkpoint.interval, steps):
-            session.checkpoints.save(progress)
+            save(session, progress)
     if session.reporter is not None:
         session.reporter.close(progress, engine.guard.total_skips)
 
@@ -44,6 +44,13 @@ def validate(session: Session, step: int) -> None:
     loss = session.engine.evaluate([place(batch, session) for batch in session.validation()])
     if session.reporter is not None:
         session.reporter.validation(step, loss, time.perf_counter() - started)
+
+
+def save(session: Session, progress: Progress) -> None:
+    started = time.perf_counter()
+    folder = session.checkpoints.save(progress)
+    if session.reporter is not None:
+        session.reporter.checkpoint(progress.step, folder, time.perf_counter() - started)
 
 
 def place(batch: MicroBatch, session: Session) -> MicroBatch:

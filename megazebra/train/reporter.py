@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
 from megazebra.train.plot import plot_loss
 from megazebra.train.trackers import open_trackers
 
-_FINAL_MEAN_STEPS = 20
+_FINAL_MEAN_STEPS = 20  # at most; a tenth of a short run
 
 
 class Reporter:
@@ -73,6 +74,9 @@ class Reporter:
         self._record(row)
         self.console.validation(row)
 
+    def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
+        self.message(f"step {step}: checkpoint {folder} ({seconds:.1f} s)")
+
     def close(self, progress: Progress, skips: int) -> None:
         """Draw the plot and print the summary of a run that has reached its end."""
         self.console.close()
@@ -99,8 +103,10 @@ class Reporter:
             + (f", {skips} updates skipped" if skips else ""),
         ]
         if losses:
-            last = losses[-_FINAL_MEAN_STEPS:]
-            lines.append(f"  train loss       {sum(last) / len(last):.4f}  (mean of the last {len(last)} steps)")
+            last = losses[-max(1, min(_FINAL_MEAN_STEPS, len(losses) // 10)) :]
+            mean = sum(last) / len(last)
+            chance = f"began at {losses[0]:.4f}, ln(vocabulary) is {math.log(self.config.model.vocab_size):.4f}"
+            lines.append(f"  train loss       {mean:.4f}  (mean of the last {len(last)} steps; {chance})")
         if validation:
             bar = "" if self.unigram is None else f"  (the bar to beat, a unigram model: {self.unigram:.4f})"
             lines.append(f"  validation loss  {validation[-1]:.4f}{bar}")

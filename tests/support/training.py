@@ -130,11 +130,12 @@ def train_under_deepspeed(configs: list[Config]) -> list[Trajectory]:
     return trajectories
 
 
-def train_plainly(config: Config) -> Trajectory:
+def train_plainly(config: Config, dtype: torch.dtype = torch.float32) -> Trajectory:
     """The same training in one process with nothing but torch: no mesh, no engine, no accumulation tricks."""
     mesh = ParallelMesh.build(tiny_config().parallel)
     model = build_model(config, mesh, model_runtime(config, CPU))
     initialize(model, config.model, config.train.seed, mesh.tp)
+    model.to(dtype)
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decay, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,108 @@
+"""Every layout trains like a plain single-process loop: losses, gradient norms, and parameters at the end.
+
+The yardstick is rounding itself. The plain loop runs in float64 (the truth) and in float32; how far float32
+strays from the truth is the noise of this model, this data and these ten steps. A sharded float32 run adds
+up in another order, so its distance from the truth may be a few times that noise, never an order more.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from support.distributed import run_distributed
+from support.training import Trajectory, tiny_config, train_plainly, train_under_deepspeed
+
+from megazebra.config.schema import Config
+
+OPTIMIZERS = {"sgd": 0.5, "adamw": 0.01}
+STAGES = (0, 1, 2, 3)
+LAYOUTS = [
+    (tp, sequence_parallel, dp)
+    for tp, sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (4, True))
+    for dp in (1, 2)
+]
+# Sums over ranks have other, but not more, roundings; SGD's noise is a few units in the last place, where
+# one unit more is already a multiple.
+TIMES_THE_NOISE = 6
+
+
+def config_for(optimizer: str, **dotted: object) -> Config:
+    return tiny_config(optimizer__name=optimizer, optimizer__lr=OPTIMIZERS[optimizer], **dotted)
+
+
+@functools.cache
+def truth(optimizer: str) -> Trajectory:
+    return train_plainly(config_for(optimizer), torch.float64)
+
+
+@functools.cache
+def noise(optimizer: str) -> tuple[float, float, float]:
+    return distance(train_plainly(config_for(optimizer)), truth(optimizer))
+
+
+def distance(run: Trajectory, reference: Trajectory) -> tuple[float, float, float]:
+    """Largest differences: of losses, of gradient norms (relative), of parameters."""
+    assert run.weights.keys() == reference.weights.keys()
+    assert len(run.losses) == len(reference.losses)
+    return (
+        max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)),
+        max(abs(a - b) / b for a, b in zip(run.grad_norms, reference.grad_norms, strict=True)),
+        max((run.weights[name].double() - reference.weights[name].double()).abs().max().item() for name in run.weights),
+    )
+
+
+@functools.cache
+def runs_of(layout: tuple[int, bool, int]) -> dict[tuple[str, int], list[Trajectory]]:
+    """All stages and optimizers under one layout, in one start of the ranks; every rank's view."""
+    tp, sequence_parallel, dp = layout
+    cases = [(optimizer, stage) for optimizer in OPTIMIZERS for stage in STAGES]
+    configs = [
+        config_for(
+            optimizer,
+            parallel__tensor=tp,
+            parallel__sequence_parallel=sequence_parallel,
+            parallel__zero_stage=stage,
+            train__micro_batch_size=2 // dp,  # two micro-batches on every rank, so that gradients accumulate
+        )
+        for optimizer, stage in cases
+    ]
+    ranks = run_distributed(train_under_deepspeed, tp * dp, configs)
+    return {case: [rank[i] for rank in ranks] for i, case in enumerate(cases)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"tp{x[0]}{'-sp' if x[1] else ''}-dp{x[2]}")
+def test_trains_like_the_plain_loop(layout: tuple[int, bool, int], stage: int, optimizer: str) -> None:
+    allowed = [TIMES_THE_NOISE * x for x in noise(optimizer)]
+    for run in runs_of(layout)[optimizer, stage]:
+        for what, found, limit in zip(
+            ("loss", "gradient norm", "parameter"), distance(run, truth(optimizer)), allowed, strict=True
+        ):
+            assert found <= limit, f"{what} is off by {found:.2e}, rounding explains {limit:.2e}"
+
+
+def test_the_yardstick_can_fail() -> None:
+    """One seed's data under another seed's weights is far outside the limits."""
+    other = train_plainly(config_for("sgd", train__seed=1))
+    assert distance(other, truth("sgd"))[0] > 1000 * TIMES_THE_NOISE * noise("sgd")[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32(stage: int) -> None:
+    """bf16 has 8 bits: each loss may be off by about 2^-8 of itself; fp32 masters keep the runs together."""
+    config = config_for("adamw", train__precision="bf16", parallel__zero_stage=stage, parallel__tensor=2,
+                        parallel__sequence_parallel=True)  # fmt: skip
+    (run,) = run_distributed(train_under_deepspeed, 4, [config])[0]
+    for loss, expected in zip(run.losses, truth("adamw").losses, strict=True):
+        assert abs(loss - expected) < 2**-8 * expected * 2
+    assert run.losses[0] != run.losses[-1]
+
+
+def test_bf16_runs_stage_0_as_stage_1() -> None:
+    stages = [config_for("adamw", train__precision="bf16", parallel__zero_stage=stage) for stage in (0, 1)]
+    zero, one = run_distributed(train_under_deepspeed, 2, stages)[0]
+    assert zero.losses == one.losses
+    assert zero.grad_norms == one.grad_norms
