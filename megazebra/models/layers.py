@@ -114,6 +114,7 @@ class SwiGLU(nn.Module):
         self.tp = mesh.tp
         self.label = name
         size, width, bias = config.hidden_size, config.ffn_hidden_size, config.mlp_bias
+        split_evenly(width, mesh.tp, "model.ffn_hidden_size")
         self.gate_proj = ColumnParallelLinear(size, width, mesh.tp, bias=bias, name=f"{name}.gate_proj")
         self.up_proj = ColumnParallelLinear(size, width, mesh.tp, bias=bias, name=f"{name}.up_proj")
         self.down_proj = RowParallelLinear(

@@ -39,7 +39,8 @@ class ZebraDecoder(nn.Module):
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None) -> Tensor:
         # Layers that share a RopeConfig share one table: two of them at most, unless the pattern names more.
-        tables = {spec.rope: self._rope_table(spec.rope, positions_BS) for spec in self.specs}
+        ropes = {spec.rope for spec in self.specs}
+        tables = {rope: self._rope_table(rope, positions_BS) for rope in ropes}
         recompute_blocks = self.runtime.recompute == "full" and torch.is_grad_enabled()
         x_BSE = self.embed_tokens(tokens_BS)
         for layer, spec in zip(self.layers, self.specs, strict=True):

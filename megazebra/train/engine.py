@@ -5,12 +5,13 @@ What looks odd here was found by experiment and is held by tests/train.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -154,13 +155,14 @@ class TrainEngine:
         initialize(model, config.model, config.train.seed, mesh.tp, self.gathered)
         optimizer = build_optimizer(model, config.optimizer)
         optimizer.refuses = self._refuses_update
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            mpu=MeshForDeepSpeed(mesh),
-            config=deepspeed_config,
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a memory table for every group
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                mpu=MeshForDeepSpeed(mesh),
+                config=deepspeed_config,
+                dist_init_required=False,
+            )
         self.optimizer = optimizer
         self._loss = math.nan
         self._grad_norm = math.nan

@@ -81,7 +81,7 @@ CASES = [
     Case(5, S=1, name="one_token"),
     Case(40, S=331, name="ragged_local"),
     Case(None, S=331, name="ragged_global"),
-    Case(1500, S=2100, H=2, G=1, name="window_of_two_tiles"),
+    Case(2047, S=2200, H=2, G=1, name="window_of_two_tiles"),
     # Keys that reach further left than the queries (a halo, a KV cache).
     Case(16, S=70, T=85, name="halo"),
     Case(16, S=1, T=85, name="decode_local"),

@@ -131,14 +131,20 @@ def train_under_deepspeed(configs: list[Config]) -> list[Trajectory]:
 
 
 def train_plainly(config: Config, dtype: torch.dtype = torch.float32) -> Trajectory:
-    """The same training in one process with nothing but torch: no mesh, no engine, no accumulation tricks."""
+    """The same training in one process with nothing but torch: no mesh, no engine, no accumulation tricks.
+
+    bfloat16 keeps float32 master weights, as every mixed-precision trainer does.
+    """
     mesh = ParallelMesh.build(tiny_config().parallel)
     model = build_model(config, mesh, model_runtime(config, CPU))
     initialize(model, config.model, config.train.seed, mesh.tp)
     model.to(dtype)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": decay, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    masters = [p.detach().float() if dtype == torch.bfloat16 else p for p in parameters]
+    groups = [
+        {"params": [m for m in masters if m.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [m for m in masters if m.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer: torch.optim.Optimizer
     if config.optimizer.name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=1.0)
@@ -153,11 +159,14 @@ def train_plainly(config: Config, dtype: torch.dtype = torch.float32) -> Traject
             step, 0, 1,
         )  # fmt: skip
         loss = forward(model, batch) / batch.valid_tokens
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
+        for master, grad in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
+            master.grad = grad.to(master.dtype)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters, config.optimizer.grad_clip)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
         optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.copy_(master)
         losses.append(loss.item())
-    return Trajectory(losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()})
+    return Trajectory(losses, norms, {name: m.detach().clone() for name, m in zip(names, masters, strict=True)})

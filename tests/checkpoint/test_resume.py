@@ -1,0 +1,120 @@
+"""A run that stops and resumes is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+
+import pytest
+from support.distributed import run_distributed
+from support.training import CPU, Trajectory, make_engine, run_steps, tiny_config
+from torch import Tensor
+
+from megazebra.checkpoint.manager import Checkpoints, Progress
+from megazebra.config.schema import Config
+from megazebra.models.initialization import full_weights
+from megazebra.train.engine import TrainEngine, start_deepspeed
+
+STEPS, STOP = 6, 3
+
+
+def weights_of(engine: TrainEngine) -> dict[str, Tensor]:
+    return full_weights(engine.module, engine.mesh.tp, engine.gathered)
+
+
+def train_with_and_without_stop(configs: list[Config]) -> list[tuple[Trajectory, Trajectory]]:
+    start_deepspeed(CPU, timeout_s=60)
+    results = []
+    for config in configs:
+        engine = make_engine(config)
+        losses, norms = run_steps(engine, config, range(STEPS))
+        whole = Trajectory(losses, norms, weights_of(engine))
+        engine.deepspeed.destroy()
+
+        engine = make_engine(config)
+        losses, norms = run_steps(engine, config, range(STOP))
+        Checkpoints(config, engine, "corpus").save(Progress(STOP, STOP * 4, STOP * 128))
+        engine.deepspeed.destroy()
+
+        # Other weights than the checkpoint's, so that whatever is not restored shows.
+        engine = make_engine(config)
+        progress = Checkpoints(config, engine, "corpus").resume()
+        assert progress == Progress(STOP, STOP * 4, STOP * 128)
+        assert list(engine.guard.losses) == losses
+        more_losses, more_norms = run_steps(engine, config, range(progress.step, STEPS))
+        results.append((whole, Trajectory(losses + more_losses, norms + more_norms, weights_of(engine))))
+        engine.deepspeed.destroy()
+    return results
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 2)])
+def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
+    cases = [
+        (stage, precision, optimizer)
+        for stage, precision, optimizer in [
+            (0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "fp32", "adamw"), (3, "fp32", "adamw"),
+            (1, "bf16", "adamw"), (2, "bf16", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "sgd"), (3, "bf16", "sgd"),
+        ]
+    ]  # fmt: skip
+    configs = [
+        tiny_config(
+            run__dir=f"{tmp_path}/{stage}-{precision}-{optimizer}",
+            parallel__zero_stage=stage,
+            parallel__tensor=tp,
+            parallel__sequence_parallel=tp > 1,
+            train__precision=precision,
+            train__steps=STEPS,
+            train__micro_batch_size=2,
+            train__guard={"enabled": True},
+            optimizer__name=optimizer,
+            optimizer__momentum=0.9 if optimizer == "sgd" else 0.0,
+        )
+        for stage, precision, optimizer in cases
+    ]
+    for rank in run_distributed(train_with_and_without_stop, tp * dp, configs):
+        for case, (whole, resumed) in zip(cases, rank, strict=True):
+            assert resumed.losses == whole.losses, case
+            assert resumed.grad_norms == whole.grad_norms, case
+            for name, weight in whole.weights.items():
+                assert weight.equal(resumed.weights[name]), (case, name)
+
+
+def resume_under(saved: Config, others: list[tuple[Config, str]]) -> list[str]:
+    """Messages of the refusals when `saved`'s checkpoint is resumed under other configurations or corpora."""
+    start_deepspeed(CPU, timeout_s=60)
+    engine = make_engine(saved)
+    Checkpoints(saved, engine, "corpus").save(Progress(1, 4, 128))
+    engine.deepspeed.destroy()
+    messages = []
+    for config, corpus in others:
+        engine = make_engine(config)
+        try:
+            Checkpoints(config, engine, corpus).resume()
+            messages.append("resumed")
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        engine.deepspeed.destroy()
+    return messages
+
+
+def test_refuses_what_is_another_run_and_names_it() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        changed = [
+            {},
+            {"optimizer__lr": 1e-5, "train__steps": 500, "schedule__kind": "linear"},
+            {"model__ffn_hidden_size": 128, "model__window": 7},
+            {"optimizer__name": "sgd"},
+            {"parallel__zero_stage": 2},
+        ]
+        others = [(tiny_config(run__dir=folder, **change), "corpus") for change in changed]
+        others.append((tiny_config(run__dir=folder), "another corpus"))
+        same, continued, model, optimizer, stage, corpus = run_distributed(
+            resume_under, 1, tiny_config(run__dir=folder), others
+        )[0]
+    assert same == "resumed"
+    assert continued == "resumed", "learning rate, schedule and length may be changed on purpose"
+    assert "model.ffn_hidden_size=96 there, 128 here" in model
+    assert "model.window=5 there, 7 here" in model
+    assert "optimizer.name='adamw' there, 'sgd' here" in optimizer
+    assert "zero_stage size 0 there, 2 here" in stage
+    assert "corpus" in corpus
+    assert "choose another run.dir" in corpus

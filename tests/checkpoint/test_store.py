@@ -1,0 +1,135 @@
+"""Checkpoint folders are complete or not there, and damage is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.distributed import run_distributed
+
+from megazebra.checkpoint.store import CheckpointError, CheckpointStore, read_index, verify_file
+from megazebra.config.schema import ParallelConfig
+from megazebra.parallel.mesh import ParallelMesh
+
+
+def store_in(folder: Path, keep_last: int = 2) -> CheckpointStore:
+    return CheckpointStore(folder, ParallelMesh.build(ParallelConfig()).world, keep_last)
+
+
+def writer(rank: int, content: bytes = b"weights") -> Any:
+    def write(folder: Path) -> list[Path]:
+        path = folder / f"rank_{rank}.bin"
+        path.write_bytes(content)
+        return [path]
+
+    return write
+
+
+def save_many(store: CheckpointStore, steps: list[int]) -> None:
+    for step in steps:
+        store.save(step, writer(0, f"step {step}".encode()), {"step": step})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_latest_points_to_the_newest_and_old_ones_go(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    assert store.latest() is None
+    save_many(store, [5, 10, 100, 1000])
+    assert names(tmp_path) == ["latest", "step_00000100", "step_00001000"]
+    latest = store.latest()
+    assert latest == tmp_path / "step_00001000"
+    seen: list[bytes] = []
+    index = store.load(latest, lambda folder, index: seen.append(verify_file(folder, "rank_0.bin", index).read_bytes()))
+    assert index["step"] == 1000
+    assert seen == [b"step 1000"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save_many(store, [5])
+    store.save(5, writer(0, b"second"), {})
+    assert (tmp_path / "step_00000005" / "rank_0.bin").read_bytes() == b"second"
+
+
+def test_a_leftover_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save_many(store, [5])
+    leftover = tmp_path / "step_00000010.writing"
+    leftover.mkdir()
+    (leftover / "rank_0.bin").write_bytes(b"half")
+    assert store.latest() == tmp_path / "step_00000005"
+    save_many(store, [10])
+    assert names(tmp_path) == ["latest", "step_00000005", "step_00000010"]
+
+
+def full_disk(folder: Path) -> list[Path]:
+    (folder / "half.bin").write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save_many(store, [5])
+    with pytest.raises(CheckpointError, match=r"cannot write .*step_00000010.*No space left on device"):
+        store.save(10, full_disk, {})
+    assert names(tmp_path) == ["latest", "step_00000005"]
+    assert store.latest() == tmp_path / "step_00000005"
+
+
+def save_with_rank_1_failing(folder: str) -> str:
+    mesh = ParallelMesh.build(ParallelConfig())
+    store = CheckpointStore(Path(folder), mesh.world, 2)
+    store.save(5, writer(mesh.world.rank), {})
+    try:
+        store.save(10, full_disk if mesh.world.rank == 1 else writer(mesh.world.rank), {})
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_one_rank_that_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
+    messages = run_distributed(save_with_rank_1_failing, 3, str(tmp_path))
+    assert len(set(messages)) == 1
+    assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
+    assert names(tmp_path) == ["latest", "step_00000005"]
+    assert names(tmp_path / "step_00000005") == ["index.json", "rank_0.bin", "rank_1.bin", "rank_2.bin"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: flip(f / "rank_0.bin"), r"rank_0.bin is damaged"),
+        (lambda f: (f / "rank_0.bin").write_bytes(b"wei"), r"rank_0.bin has 3 bytes, 6 were written"),
+        (lambda f: (f / "rank_0.bin").unlink(), r"rank_0.bin is missing"),
+        (lambda f: (f / "index.json").unlink(), r"index.json is missing or damaged"),
+        (lambda f: (f / "index.json").write_text('{"format": 1, "fil'), r"index.json is missing or damaged"),
+        (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 1"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
+    store = store_in(tmp_path)
+    save_many(store, [5])
+    folder = tmp_path / "step_00000005"
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        store.load(folder, lambda folder, index: verify_file(folder, "rank_0.bin", index) and None)
+
+
+def test_index_says_what_is_inside(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    folder = store.save(5, writer(0), {"progress": {"step": 5}})
+    index = read_index(folder)
+    assert index["progress"] == {"step": 5}
+    assert index["files"]["rank_0.bin"]["bytes"] == 7

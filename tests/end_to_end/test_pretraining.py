@@ -1,0 +1,255 @@
+"""The command a user runs: real launcher, real processes, real text (this repository's own sources)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megazebra.config import load_config
+from megazebra.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+SETTINGS = [
+    "--model.num_layers=4", "--model.hidden_size=32", "--model.ffn_hidden_size=64", "--model.num_attention_heads=4",
+    "--model.num_kv_heads=2", "--model.vocab_size=512", "--model.window=16", "--model.max_position_embeddings=64",
+    f"--train.steps={STEPS}", "--train.micro_batch_size=2", "--train.global_batch_size=4", "--train.precision=fp32",
+    "--optimizer.lr=0.003", "--schedule.warmup_steps=2", "--data.seq_len=64", "--validation.interval=8",
+    "--validation.samples=5", "--checkpoint.interval=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's sources as a corpus, made by the tool users call."""
+    folder = tmp_path_factory.mktemp("corpus")
+    subprocess.run(
+        [
+            sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(ROOT / "megazebra"),
+            "--glob", "*.py", "--output", str(folder), "--train-tokenizer", "512", "--validation-share", "0.2",
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+
+
+def arguments(corpus: Path, run_dir: Path, *more: str) -> list[str]:
+    data = [f"--data.path={corpus}/train", f"--data.validation_path={corpus}/validation"]
+    return [str(ROOT / "pretrain_zebra.py"), *SETTINGS, *data, f"--run.dir={run_dir}", *more]
+
+
+def launch(port: int, *args: str, ranks: int = 2) -> subprocess.Popen[str]:
+    """`deepspeed pretrain_zebra.py ...` in a process group of its own; its output is one stream."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return subprocess.Popen(
+        [launcher, "--num_gpus", str(ranks), "--master_port", str(port), *args],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"did not end in {timeout} s:\n{output}")
+    return output
+
+
+def run_alone(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python pretrain_zebra.py ...`: one process, no launcher."""
+    return subprocess.run(
+        [sys.executable, *args], env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def train_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in train_rows(run_dir)]
+
+
+@pytest.fixture(scope="session")
+def finished_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Tensor and sequence parallelism under ZeRO 1 on two processes, undisturbed; its folder and output."""
+    run_dir = tmp_path_factory.mktemp("run")
+    process = launch(29611, *arguments(corpus, run_dir, "--parallel.tensor=2", "--parallel.sequence_parallel=true"))
+    output = finish(process)
+    assert process.returncode == 0, output
+    return run_dir, output
+
+
+def test_a_person_can_follow_the_run(finished_run: tuple[Path, str]) -> None:
+    run_dir, output = finished_run
+    assert "layout   dp 1 x cp 1 x tp 2, ZeRO 1, fp32, sequence parallel on" in output
+    assert "attention backend blocked" in output
+    assert len(re.findall(r"^step +\d+/16  loss \d", output, re.MULTILINE)) == STEPS, "one line a step, from rank 0"
+    assert re.search(r"train loss +\d+\.\d+", output)
+    assert re.search(r"validation loss +\d+\.\d+  \(the bar to beat, a unigram model: \d", output)
+    assert f"written to {run_dir}" in output
+    assert "Warning" not in output
+
+
+def test_the_run_folder_holds_everything(finished_run: tuple[Path, str]) -> None:
+    run_dir, _ = finished_run
+    rows = train_rows(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    documented = {
+        "step", "tokens", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "flops_per_s", "mfu",
+        "comm_bytes", "peak_memory_bytes",
+    }  # fmt: skip
+    assert all(documented <= row.keys() for row in rows)
+    assert rows[-1]["tokens"] == STEPS * 4 * 64
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert rows[0]["mfu"] is None, "no peak is known for a CPU"
+    assert rows[0]["comm"]["tp.all_gather"]["calls"] > 0
+    assert rows[0]["comm_bytes"] == sum(entry["bytes"] for entry in rows[0]["comm"].values())
+    validation = [row["step"] for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "validation"]
+    assert validation == [8, 16]
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000016\n"
+
+
+def test_the_resolved_configuration_reloads_to_itself(finished_run: tuple[Path, str]) -> None:
+    run_dir, _ = finished_run
+    config = load_config(run_dir / "config.yaml", [])
+    assert config.parallel.tensor == 2
+    assert config.model.vocab_size == 512
+    index = json.loads((run_dir / "checkpoints" / "step_00000016" / "index.json").read_text())
+    assert index["config"] == config.model_dump(mode="json")
+
+
+def test_killing_a_rank_ends_the_run_at_once_and_resuming_loses_nothing(
+    corpus: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    layout = ["--parallel.tensor=2", "--parallel.sequence_parallel=true"]
+    process = launch(29612, *arguments(corpus, tmp_path, *layout))
+    assert process.stdout is not None
+    head: list[str] = []
+    for line in process.stdout:
+        head.append(line)
+        if line.startswith("step  7/"):
+            break
+    else:
+        pytest.fail("".join(head))
+    killed_at = time.monotonic()
+    os.kill(_rank_pid(process, rank=1), signal.SIGKILL)
+    output = "".join(head) + finish(process, timeout=60)
+    assert time.monotonic() - killed_at < 20, "the launcher must notice within seconds"
+    assert process.returncode != 0
+    assert "exits with return code = -9" in output or "lost the connection to another rank" in output
+
+    resumed = launch(29613, *arguments(corpus, tmp_path, *layout))
+    output = finish(resumed)
+    assert resumed.returncode == 0, output
+    assert "resumed  after step 4" in output
+    assert losses(tmp_path) == losses(finished_run[0]), "every loss, bit for bit"
+
+
+def _rank_pid(launcher: subprocess.Popen[str], rank: int) -> int:
+    """Process id of a rank, found among the launcher's group by its own argument."""
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if os.getpgid(int(folder.name)) == launcher.pid and f"--local_rank={rank}".encode() in command:
+                return int(folder.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_one_process_needs_no_launcher_and_a_finished_run_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(corpus, tmp_path, "--train.steps=3")
+    first = run_alone(*args, MASTER_PORT="29614")
+    assert first.returncode == 0, first.stderr
+    before = losses(tmp_path)
+    again = run_alone(*args, MASTER_PORT="29615")
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do: train.steps=3 are made; raise it to go on" in again.stdout
+    assert losses(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--data.path=nowhere/train"], r"data.path.*nowhere/train.*does not exist.*tools/preprocess_data.py"),
+        (["--model.pattern=GLLLL"], r"model.pattern.*5 symbols.*num_layers=4"),
+        (["--model.window=0"], r"model.window=0"),
+        (["--parallel.tensor=3"], r"parallel.tensor"),
+        (["--data.seq_len=128"], r"data.seq_len.*model.max_position_embeddings"),
+        (["--parallel.tensor=2"], r"world size 1"),
+        (["--train.attention_backend=blokced"], r"blokced.*blocked"),
+        (["--train.attention_backend=flash"], r"flash"),
+        (["--model.windw=3"], r"unknown key 'model.windw'; did you mean 'model.window'\?"),
+        (["--model.vocab_size=100"], r"vocab"),
+    ],
+)
+def test_mistakes_end_in_one_readable_message(corpus: Path, tmp_path: Path, changes: list[str], message: str) -> None:
+    result = run_alone(*arguments(corpus, tmp_path / "run", *changes))
+    assert result.returncode == 2
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_an_empty_corpus_is_named(corpus: Path, tmp_path: Path) -> None:
+    """Megatron's format allows a corpus without a document: header, no sequence, one document boundary."""
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 0, 1)
+    (tmp_path / "empty.idx").write_bytes(header + struct.pack("<q", 0))
+    (tmp_path / "empty.bin").write_bytes(b"")
+    result = run_alone(*arguments(corpus, tmp_path / "run", f"--data.path={tmp_path}/empty"))
+    assert result.returncode == 2
+    assert re.search(r"error: .*empty.* (empty|no tokens)", result.stderr), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_does_not_continue_a_run(
+    corpus: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    run_dir, _ = finished_run
+    before = sorted(path.name for path in run_dir.rglob("*"))
+    result = run_alone(*arguments(corpus, run_dir, "--model.ffn_hidden_size=96"), MASTER_PORT="29616")
+    assert result.returncode == 2
+    assert "model.ffn_hidden_size=64 there, 96 here" in result.stderr
+    assert "tensor size 2 there, 1 here" in result.stderr
+    assert sorted(path.name for path in run_dir.rglob("*")) == before
+    assert load_config(run_dir / "config.yaml", []).model.ffn_hidden_size == 64
+
+
+def test_a_disk_that_fills_while_saving(corpus: Path, tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk: the system refuses the write in the middle of the file."""
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = run_alone("-c", code, *arguments(corpus, tmp_path), MASTER_PORT="29617")
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"error: cannot write .*step_00000004: rank 0: .*[Ff]ile too large", result.stderr), result.stderr
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert len(train_rows(tmp_path)) == 4, "what was measured is kept"
