@@ -15,6 +15,7 @@ from megazebra.train.deepspeed_config import build_deepspeed_config
 
 
 def main() -> None:
+    complete_environment()
     # Mistakes in the configuration show before torch is imported, which takes seconds.
     command = parse_command_line(sys.argv[1:])
     config = load_config(command.config_path, command.overrides)
@@ -24,7 +25,6 @@ def main() -> None:
     from megazebra.train.loop import train
     from megazebra.train.session import open_session
 
-    complete_environment()
     with open_session(config, deepspeed_config) as session:
         train(session)
 

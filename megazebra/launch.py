@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -22,15 +23,39 @@ def world_size() -> int:
 
 
 def complete_environment() -> None:
-    """A plain `python pretrain_zebra.py` is a run of one process: give it what a launcher would have set."""
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE", "1"),  # DeepSpeed's launcher says LOCAL_SIZE
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }.items():
+    """Set what torch.distributed reads where the launcher has not.
+
+    DeepSpeed's launcher and torchrun set it all. `srun python pretrain_zebra.py` gives Slurm's own names, and
+    a plain `python pretrain_zebra.py` is a run of one process.
+    """
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # only inside an srun step
+        _set_missing(
+            RANK=os.environ["SLURM_PROCID"],
+            WORLD_SIZE=os.environ["SLURM_STEP_NUM_TASKS"],
+            LOCAL_RANK=os.environ["SLURM_LOCALID"],
+            LOCAL_WORLD_SIZE=os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+            # Jobs that share a node must not share a port.
+            MASTER_PORT=str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+        )
+        if "MASTER_ADDR" not in os.environ:
+            _set_missing(MASTER_ADDR=_first_slurm_host(os.environ["SLURM_STEP_NODELIST"]))
+    _set_missing(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        LOCAL_WORLD_SIZE=os.environ.get("LOCAL_SIZE", "1"),  # DeepSpeed's launcher says LOCAL_SIZE
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+    )
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    names = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return names.stdout.split()[0]
+
+
+def _set_missing(**variables: str) -> None:
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 

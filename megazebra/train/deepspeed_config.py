@@ -30,6 +30,8 @@ _REFUSED = {
     "sequence_parallel_size": "set parallel.context",
     "activation_checkpointing": "set train.recompute",
 }
+# Of `zero_optimization`: states would lie where our checkpoints do not look for them.
+_NOT_YET = ("offload_optimizer", "offload_param")
 
 
 def effective_zero_stage(config: Config) -> int:
@@ -118,6 +120,12 @@ def merge_user_config(generated: dict[str, Any], user: dict[str, Any], source: s
         if user.get(key, "auto") != "auto"
     ]
     user = {key: value for key, value in user.items() if key not in _REFUSED}
+    zero = user.get("zero_optimization")
+    problems += [
+        f"zero_optimization.{key}: {source} sets it, but offloading is not there yet; remove it from {source}"
+        for key in _NOT_YET
+        if isinstance(zero, dict) and zero.get(key, "auto") not in ("auto", None, {"device": "none"})
+    ]
     if generated["zero_optimization"]["stage"] == 0 and user.get("gradient_clipping", "auto") != "auto":
         # Ours is 0.0 here whatever optimizer.grad_clip says, so agreement could not be told from a conflict.
         problems.append(

@@ -31,6 +31,8 @@ from megazebra.train.guard import SpikeGuard
 from megazebra.train.optimizer import build_optimizer
 from megazebra.train.schedule import learning_rate
 
+_NOT_FOR_USERS = ("untested optimizer", "OVERFLOW! Skipping step")
+
 Forward = Callable[[Any, Any], Tensor]
 
 
@@ -54,9 +56,9 @@ def start_deepspeed(device: torch.device, timeout_s: float) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # Warnings a user can do nothing about: torch's own optimizers are "untested" to DeepSpeed, and it calls
-    # collectives by names that torch 2.13 deprecates.
-    logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    # Warnings a user can do nothing about: torch's own optimizers are "untested" to DeepSpeed, an overflow is
+    # reported by our guard, and collectives are called by names that torch 2.13 deprecates.
+    logger.addFilter(lambda record: not any(text in record.getMessage() for text in _NOT_FOR_USERS))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective for a minute, which training never calls.
@@ -139,7 +141,6 @@ class TrainEngine:
             # The group must be named: without it ZeRO-3 shards over tensor-parallel ranks too.
             sharded_build = deepspeed.zero.Init(
                 data_parallel_group=mesh.dp_cp.process_group,
-                remote_device=str(device),
                 # Only these sections: batch sizes it would check without knowing of tp. The dtype comes from
                 # `bf16` here, since its `dtype` argument is ignored on CPUs (always bf16 then).
                 config_dict_or_path={

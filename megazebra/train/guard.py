@@ -71,7 +71,7 @@ class SpikeGuard:
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        self.losses.extend(state["losses"])  # type: ignore[arg-type]
-        self.grad_norms.extend(state["grad_norms"])  # type: ignore[arg-type]
+        self.losses = deque(state["losses"], maxlen=self.config.history)  # type: ignore[call-overload]
+        self.grad_norms = deque(state["grad_norms"], maxlen=self.config.history)  # type: ignore[call-overload]
         self.skips_in_a_row = int(state["skips_in_a_row"])  # type: ignore[call-overload]
         self.total_skips = int(state["total_skips"])  # type: ignore[call-overload]

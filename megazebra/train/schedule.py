@@ -20,7 +20,7 @@ def learning_rate(step: int, total_steps: int, optimizer: OptimizerConfig, sched
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
         start = max(start, total_steps - (schedule.decay_steps or max(1, total_steps // 10)))
-    # The last update, total_steps - 1, gets the minimum.
-    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - 1 - start)))
+    # Warmup's last update gets the full rate, decay's last the minimum.
+    progress = min(1.0, max(0.0, (step + 1 - start) / max(1, total_steps - start)))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return optimizer.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)

@@ -74,9 +74,7 @@ def test_packed_documents_equal_documents_on_their_own(backend: str) -> None:
     alone = sum(
         model(row_tokens[None], row_labels[None])
         for row, row_lengths in enumerate(lengths)
-        for row_tokens, row_labels in zip(
-            tokens[row].split(row_lengths), labels[row].split(row_lengths), strict=True
-        )
+        for row_tokens, row_labels in zip(tokens[row].split(row_lengths), labels[row].split(row_lengths), strict=True)
     )
     # float64 (1.1e-16), some thousand operations deep, on a loss of about 300.
     torch.testing.assert_close(packed, alone, rtol=1e-12, atol=0)
@@ -141,9 +139,27 @@ def test_layers_without_rope_do_not_know_the_order() -> None:
     """NoPE: with one global layer, permuting the earlier tokens changes nothing at the last position."""
     config = small_config(num_layers=1, pattern="G", rope_global=RopeConfig(enabled=False))
     tokens, _ = random_tokens(config, 1, LENGTH)
-    shuffled = torch.cat([tokens[:, torch.randperm(LENGTH - 1)], tokens[:, -1:]], dim=1)
+    shuffled = torch.cat(
+        [tokens[:, torch.randperm(LENGTH - 1, generator=torch.Generator().manual_seed(0))], tokens[:, -1:]], dim=1
+    )
     with torch.no_grad():
         model = make_model(config, dtype=torch.float64)
         torch.testing.assert_close(model(shuffled)[:, -1], model(tokens)[:, -1], rtol=0, atol=1e-13 * LENGTH)
         with_rope = make_model(small_config(num_layers=1, pattern="G"), dtype=torch.float64)
         assert (with_rope(shuffled)[:, -1] - with_rope(tokens)[:, -1]).abs().max() > 1e-3
+
+
+@BACKENDS
+def test_a_sink_takes_weight_as_its_value_says(backend: str) -> None:
+    tokens, _ = random_tokens(small_config(), 2, LENGTH)
+    model = make_model(small_config(attention_sinks="all"), backend=backend, dtype=torch.float64)
+    sinks = [layer.self_attn.sinks for layer in model.model.layers]
+    with torch.no_grad():
+        for parameter in sinks:
+            parameter.fill_(-1e4)  # exp(-1e4) is zero: no sink
+        without = make_model(small_config(), backend=backend, dtype=torch.float64)
+        # float64, some hundred operations deep, on logits of size one to ten.
+        torch.testing.assert_close(model(tokens), without(tokens), rtol=0, atol=1e-12)
+        for parameter in sinks:
+            parameter.fill_(1e4)  # all the weight: no layer sees anything
+    assert _changed(model, tokens, PERTURBED) == [[PERTURBED], []]

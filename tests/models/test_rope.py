@@ -109,9 +109,7 @@ def test_ntk() -> None:
     assert frequencies[0] == 1
     assert frequencies[-1].item() == pytest.approx(10000.0 ** (-(D - 2) / D) / 8.0, rel=1e-14)
     # transformers has the dynamic kind: with factor 1 and a sequence s times the maximum it is ours with factor s.
-    config = _llama_config(
-        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0}, max_position_embeddings=1024
-    )
+    config = _llama_config({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0}, max_position_embeddings=1024)
     theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=8 * 1024)
     torch.testing.assert_close(frequencies.float(), theirs, **FREQUENCY_TOLERANCE)
 

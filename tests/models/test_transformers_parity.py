@@ -197,7 +197,9 @@ def test_sinks_are_those_of_gpt_oss(backend: str) -> None:
     sinks = torch.randn(4, generator=generator)
     positions = torch.arange(LENGTH)
     distance = positions[:, None] - positions
-    mask = torch.zeros(LENGTH, LENGTH).masked_fill((distance < 0) | (distance >= WINDOW), torch.finfo(torch.float32).min)
+    mask = torch.zeros(LENGTH, LENGTH).masked_fill(
+        (distance < 0) | (distance >= WINDOW), torch.finfo(torch.float32).min
+    )
     theirs, _ = eager_attention_forward(
         _GptOssLayer(sinks, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scaling=8**-0.5
     )

@@ -125,7 +125,7 @@ def _on_every_rank() -> None:
         lambda: RowParallelLinear(6, 4, tp, bias=False, sequence_parallel=False, name="model.width"),
         lambda: split_evenly(6, tp, "model.width"),
     ):
-        with pytest.raises(ValueError, match="model.width=6 is not divisible by the tensor-parallel size 4"):
+        with pytest.raises(ValueError, match=r"model\.width=6 is not divisible by the tensor-parallel size 4"):
             make()
 
 

@@ -115,19 +115,19 @@ def test_agreement_leaves_ours(user: dict[str, Any]) -> None:
 def test_additions_are_merged_deep() -> None:
     generated = deepspeed_config(run(3), 1)
     user = {
-        "zero_optimization": {"overlap_comm": False, "offload_param": {"device": "cpu", "buffer_count": "auto"}},
+        "zero_optimization": {"overlap_comm": False, "zenflow": {"topk_ratio": 0.1, "select_interval": "auto"}},
         "fp16": {"loss_scale": 0},
         "comms_logger": {"enabled": True},
     }
     merged = merge_user_config(generated, user, "ds.json")
     assert merged == {
         **generated,
-        "zero_optimization": {"stage": 3, "overlap_comm": False, "offload_param": {"device": "cpu"}},
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "zenflow": {"topk_ratio": 0.1}},
         "fp16": {"enabled": False, "loss_scale": 0},
         "comms_logger": {"enabled": True},
     }
     assert generated == deepspeed_config(run(3), 1)  # left as it was
-    assert user["zero_optimization"]["offload_param"]["buffer_count"] == "auto"  # type: ignore[index]
+    assert user["zero_optimization"]["zenflow"]["select_interval"] == "auto"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -250,3 +250,11 @@ def test_user_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_user_config(tmp_path / "ds.json")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_user_config(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offloading_is_refused_for_now(key: str) -> None:
+    generated = deepspeed_config(Config(), 1)
+    with pytest.raises(ConfigError, match=rf"zero_optimization.{key}: ds.json sets it, but offloading is not there"):
+        merge_user_config(generated, {"zero_optimization": {key: {"device": "cpu"}}}, "ds.json")
+    merge_user_config(generated, {"zero_optimization": {key: {"device": "none"}}}, "ds.json")
