@@ -14,7 +14,7 @@ from megazebra.config.schema import Config
 from megazebra.models.initialization import full_weights
 from megazebra.train.engine import TrainEngine, start_deepspeed
 
-STEPS, STOP = 6, 3
+STEPS, STOP = 4, 2
 
 
 def weights_of(engine: TrainEngine) -> dict[str, Tensor]:
