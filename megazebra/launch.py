@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -45,8 +46,15 @@ def complete_environment() -> None:
         LOCAL_RANK="0",
         LOCAL_WORLD_SIZE=os.environ.get("LOCAL_SIZE", "1"),  # DeepSpeed's launcher says LOCAL_SIZE
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="29500",
     )
+    # Runs of one process share a machine easily; several processes need a port they can agree on.
+    _set_missing(MASTER_PORT=str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _first_slurm_host(nodelist: str) -> str:

@@ -70,7 +70,9 @@ class ParallelMesh:
                 members.setdefault(key(other // (tp * cp), other // tp % cp, other % tp), []).append(other)
             own = None
             for ranks in members.values():
-                process_group = dist.new_group(ranks) if distributed else None
+                process_group = None
+                if distributed:  # a group of all ranks exists already, with its communicator
+                    process_group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks)
                 if rank in ranks:
                     own = Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
             assert own is not None

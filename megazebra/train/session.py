@@ -21,6 +21,7 @@ from megazebra.data.samples import CorpusSamples
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.plan.flops import parameter_count
+from megazebra.train.deepspeed_config import effective_zero_stage
 from megazebra.train.engine import TrainEngine, start_deepspeed
 from megazebra.train.reporter import Reporter
 
@@ -52,10 +53,12 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)
+    samples = CorpusSamples(train_corpus, config.data.seq_len, config.train.seed)
+    if mesh.world.rank == 0:  # before the model is built, which takes its time
+        print(*_introduction(config, mesh, device, train_corpus, samples, runtime.backend.reason), sep="\n", flush=True)
     engine = TrainEngine(config, mesh, device, deepspeed_config, lambda: build_model(config, mesh, runtime), forward)
     checkpoints = Checkpoints(config, engine, train_corpus.fingerprint)
     progress = checkpoints.resume()
-    samples = CorpusSamples(train_corpus, config.data.seq_len, config.train.seed)
     loader = StepLoader(
         samples,
         global_batch_size=config.train.global_batch_size,
@@ -71,8 +74,10 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
         unigram = held_out.meta.unigram_cross_entropy if held_out and held_out.meta else None
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         reporter = Reporter(config, progress, device, device_name, unigram)
-        for line in _introduction(config, mesh, engine, train_corpus, samples, runtime.backend.reason, progress):
-            reporter.message(line)
+        if progress.step:
+            reporter.message(f"resumed  after step {progress.step}")
+        if progress.step >= config.train.steps:
+            reporter.message(f"nothing to do: train.steps={config.train.steps} are made; raise it to go on")
     yield Session(
         config=config,
         device=device,
@@ -137,32 +142,26 @@ def _check_run_folder(config: Config) -> None:
 def _introduction(
     config: Config,
     mesh: ParallelMesh,
-    engine: TrainEngine,
+    device: torch.device,
     corpus: Corpus,
     samples: CorpusSamples,
     backend: str,
-    progress: Progress,
 ) -> Iterator[str]:
     symbols = "".join("L" if spec.is_local else "G" for spec in config.model.attention_specs())
     millions = parameter_count(config.model) / 1e6
-    stage = f"ZeRO {engine.zero_stage}"
-    if engine.zero_stage != config.parallel.zero_stage:
-        stage += f" (parallel.zero_stage={config.parallel.zero_stage} runs as {engine.zero_stage} in bf16)"
+    stage = effective_zero_stage(config)
+    because = "" if stage == config.parallel.zero_stage else f" (parallel.zero_stage=0 runs as {stage} in bf16)"
     sequence_parallel = "on" if config.parallel.sequence_parallel and mesh.tp.size > 1 else "off"
     steps, batch_size = config.train.steps, config.train.global_batch_size
     epochs = steps * batch_size / samples.samples_per_epoch
     yield f"run      {config.run.dir}"
     yield f"model    {millions:,.1f} M parameters, layers {symbols}, window {config.model.window}"
     yield (
-        f"layout   {mesh.describe()}, {stage}, {config.train.precision}, sequence parallel {sequence_parallel}, "
-        f"{engine.device.type}"
+        f"layout   {mesh.describe()}, ZeRO {stage}{because}, {config.train.precision}, "
+        f"sequence parallel {sequence_parallel}, {device.type}"
     )
     yield f"kernels  {backend}"
     yield (
         f"data     {corpus.tokens:,} tokens in {corpus.documents:,} documents; {steps} steps of "
         f"{batch_size * config.data.seq_len:,} tokens are {epochs:.2f} epochs"
     )
-    if progress.step:
-        yield f"resumed  after step {progress.step}"
-    if progress.step >= steps:
-        yield f"nothing to do: train.steps={steps} are made; raise it to go on"

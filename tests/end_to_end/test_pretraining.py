@@ -186,13 +186,30 @@ def _rank_pid(launcher: subprocess.Popen[str], rank: int) -> int:
 
 def test_one_process_needs_no_launcher_and_a_finished_run_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     args = arguments(corpus, tmp_path, "--train.steps=3")
-    first = run_alone(*args, MASTER_PORT="29614")
+    first = run_alone(*args)
     assert first.returncode == 0, first.stderr
     before = losses(tmp_path)
-    again = run_alone(*args, MASTER_PORT="29615")
+    again = run_alone(*args)
     assert again.returncode == 0, again.stderr
     assert "nothing to do: train.steps=3 are made; raise it to go on" in again.stdout
     assert losses(tmp_path) == before
+
+
+def test_zero_3_in_bf16_with_a_users_deepspeed_file_and_trackers(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "overlap_comm": false}}')
+    result = run_alone(
+        *arguments(
+            corpus, tmp_path / "run", "--train.steps=3", "--train.precision=bf16", "--parallel.zero_stage=3",
+            "--logging.tensorboard=true", "--logging.wandb.enabled=true",
+            "--deepspeed_config", str(tmp_path / "ds.json"), "--local_rank=0",
+        ),
+        WANDB_MODE="offline",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "ZeRO 3, bf16" in result.stdout
+    assert "MA " not in result.stdout, "DeepSpeed's memory tables are not for users"
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +251,7 @@ def test_another_configuration_does_not_continue_a_run(
 ) -> None:
     run_dir, _ = finished_run
     before = sorted(path.name for path in run_dir.rglob("*"))
-    result = run_alone(*arguments(corpus, run_dir, "--model.ffn_hidden_size=96"), MASTER_PORT="29616")
+    result = run_alone(*arguments(corpus, run_dir, "--model.ffn_hidden_size=96"))
     assert result.returncode == 2
     assert "model.ffn_hidden_size=64 there, 96 here" in result.stderr
     assert "tensor size 2 there, 1 here" in result.stderr
@@ -248,7 +265,7 @@ def test_a_disk_that_fills_while_saving(corpus: Path, tmp_path: Path) -> None:
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    result = run_alone("-c", code, *arguments(corpus, tmp_path), MASTER_PORT="29617")
+    result = run_alone("-c", code, *arguments(corpus, tmp_path))
     assert result.returncode == 2, result.stderr
     assert re.search(r"error: cannot write .*step_00000004: rank 0: .*[Ff]ile too large", result.stderr), result.stderr
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -85,6 +85,36 @@ def test_trains_like_the_plain_loop(layout: tuple[int, bool, int], stage: int, o
             assert found <= limit, f"{what} is off by {found:.2e}, rounding explains {limit:.2e}"
 
 
+EVERYTHING = {
+    "model__qk_norm": True,
+    "model__attention_bias": True,
+    "model__mlp_bias": True,
+    "model__tie_word_embeddings": True,
+    "model__attention_sinks": "local",
+    "model__attention_softcap": 5.0,
+    "model__final_logit_softcap": 8.0,
+    "model__pattern": ("L", "G", 3, "G"),
+    "model__rope_global": {"enabled": False},
+    "model__rope_local": {"theta": 100.0},
+    "train__micro_batch_size": 1,
+}
+
+
+def test_every_model_option_trains_like_the_plain_loop() -> None:
+    """Tied weights, per-head norms, biases and sinks are where sharding, recomputation and ZeRO-3's hooks go wrong."""
+    exact = train_plainly(config_for("sgd", **EVERYTHING), torch.float64)
+    allowed = distance(train_plainly(config_for("sgd", **EVERYTHING)), exact)
+    cases = [(0, "none"), (1, "selective"), (2, "full"), (3, "none"), (3, "selective"), (3, "full")]
+    configs = [
+        config_for("sgd", parallel__tensor=2, parallel__sequence_parallel=True, parallel__zero_stage=stage,
+                   train__recompute=recompute, **EVERYTHING)
+        for stage, recompute in cases
+    ]  # fmt: skip
+    for case, run in zip(cases, run_distributed(train_under_deepspeed, 4, configs)[0], strict=True):
+        for found, limit in zip(distance(run, exact), allowed, strict=True):
+            assert found <= TIMES_THE_NOISE * limit, case
+
+
 def test_the_yardstick_can_fail() -> None:
     """One seed's data under another seed's weights is far outside the limits."""
     other = train_plainly(config_for("sgd", train__seed=1))

@@ -1,0 +1,104 @@
+"""The record of a run, and what a person sees of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megazebra.train.console import Console
+from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
+from megazebra.train.plot import plot_loss
+from megazebra.train.trackers import open_trackers
+
+ROW = {
+    "kind": "train", "step": 1, "tokens": 64, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.5,
+    "tokens_per_s": 128.0, "flops_per_s": 3e9, "mfu": None,
+}  # fmt: skip
+
+
+def write(path: Path, steps: range, resumed_step: int = 0) -> None:
+    metrics = MetricsFile(path, resumed_step)
+    for step in steps:
+        metrics.write({**ROW, "step": step, "tokens": 64 * step, "loss": 3.0 / step})
+        if step % 2 == 0:
+            metrics.write({"kind": "validation", "step": step, "loss": 3.1 / step, "seconds": 0.1})
+    metrics.close()
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    write(path, range(5, 7), resumed_step=4)
+    assert [row["step"] for row in read_metrics(path) if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_metrics(path) if row["kind"] == "validation"] == [2, 4, 6]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 3))
+    path.write_text(path.read_text() + '{"kind": "train", "step": 3, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 2]
+    write(path, range(3, 4), resumed_step=2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 2, 3]
+
+
+def test_rows_are_json_whatever_the_loss(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.write({**ROW, "loss": math.nan, "grad_norm": math.inf, "skipped": "loss is nan"})
+    (line,) = path.read_text().splitlines()  # on disk before the file is closed
+    row = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert row["loss"] is None
+    assert row["skipped"] == "loss is nan"
+    metrics.close()
+
+
+def test_the_plot_is_a_picture_of_both_losses(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", range(1, 9))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", unigram=2.0)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_lines_come_at_the_interval_and_skips_always(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("lines", interval=5, first_step=0, total_steps=12)
+    for step in range(1, 13):
+        row = {**ROW, "step": step}
+        console.step({**row, "skipped": "loss is nan", "samples": "samples 8 to 11"} if step == 3 else row)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines if "/12" in line] == ["step  1", "step  5", "step 10", "step 12"]
+    assert "step 3: update skipped, loss is nan (samples 8 to 11)" in lines
+
+
+def test_a_bar_shows_loss_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("bar", interval=1, first_step=0, total_steps=2)
+    console.step(ROW)
+    console.message("step 1: validation loss 2.4")
+    console.step({**ROW, "step": 2})
+    console.close()
+    out = capsys.readouterr().out
+    assert "2/2" in out
+    assert "loss 2.500, 128 tok/s" in out
+    assert "step 1: validation loss 2.4\n" in out
+
+
+def test_peak_memory_is_at_least_what_is_held() -> None:
+    held = torch.ones(30_000_000)
+    assert peak_memory_bytes(torch.device("cpu")) >= held.nbytes
+
+
+@pytest.mark.parametrize(("key", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_an_absent_tracker_names_its_extra(
+    key: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megazebra.config import Config
+
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    value = True if key == "tensorboard" else {"enabled": True}
+    config = Config.model_validate({"run": {"dir": str(tmp_path)}, "logging": {key: value}})
+    with pytest.raises(ValueError, match=rf"logging.{key}.*pip install 'megazebra\[{key}\]'"):
+        open_trackers(config)
