@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from megazebra.train.metrics import read_metrics
@@ -21,7 +22,9 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
     validation = [(tokens_at[row["step"]], row["loss"]) for row in rows if row["kind"] == "validation"]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     if train:
-        axes.plot(*zip(*train, strict=True), color="#555555", linewidth=1, label="training")
+        tokens, losses = zip(*train, strict=True)
+        axes.plot(tokens, losses, color="#c8c8c8", linewidth=0.8, label="training, each step")
+        axes.plot(tokens, _running_mean(losses), color="#333333", linewidth=1.3, label="training, running mean")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#c0392b", markersize=4, label="validation")
     if unigram is not None:
@@ -34,3 +37,9 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
     figure.savefig(temporary, dpi=130, format="png")
     pyplot.close(figure)
     os.replace(temporary, target)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean of the last twentieth of the run at every step."""
+    width = max(1, len(values) // 20)
+    return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - width) : end])]
