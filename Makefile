@@ -13,36 +13,39 @@ comma := ,
 runtime := .$(if $(EXTRAS),[$(EXTRAS)])
 development := .[$(if $(EXTRAS),$(EXTRAS)$(comma))dev]
 
+# A set-up with other extras is another set-up.
+installed := $(VENV)/.installed-$(or $(EXTRAS),newest)
+
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test check test-slow
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed
+demo: $(installed)
 	$(BIN)/python tools/preprocess_data.py --input stdlib --glob '*.py' --output data/stdlib --train-tokenizer 4096
-	$(if $(filter cpu,$(EXTRAS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error --num_gpus 2 pretrain_zebra.py --config examples/tiny_cpu.yaml --run.dir=$(RUN_DIR)
+	$(if $(filter cpu,$(EXTRAS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error --num_gpus 2 --master_port $(shell shuf -i 20000-39999 -n 1) pretrain_zebra.py --config examples/tiny_cpu.yaml --run.dir=$(RUN_DIR)
 
-test: $(VENV)/.installed-dev
+test: $(installed)-dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-dev
+check: $(installed)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-dev
+test-slow: $(installed)-dev
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && false)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(installed): pyproject.toml | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the rest into $(VENV) (about 1 GB; a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(runtime)'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(installed)-dev: pyproject.toml | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the development tools into $(VENV) (a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(development)'
-	touch $@ $(VENV)/.installed
+	touch $@ $(installed)

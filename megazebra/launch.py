@@ -10,6 +10,9 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from megazebra.errors import UserError
 
 # Long enough for rank 0 to speak and for the launcher, which polls every second, to end the others.
 _RANK_ZERO_SPEAKS_FIRST_S = 4.0
@@ -71,10 +74,10 @@ def _set_missing(**variables: str) -> None:
 def readable_errors() -> Iterator[None]:
     """End the process with one message for errors a user can mend, with a traceback for the others.
 
-    ValueError (configuration, data, layout), CheckpointError and TrainingDivergedError are the user's: rank 0
-    prints them; other ranks only if they are still alive after rank 0 had its time, since then the error is
-    theirs alone. MEGAZEBRA_TRACEBACK=1 shows where a message came from. The exit is immediate: waiting
-    for collectives with a rank that is gone would hang.
+    A user's are UserError, the ValueErrors that our own code raises (configuration, data, layout), and files
+    that cannot be read or written. Rank 0 prints them; other ranks only if they are still alive after rank 0
+    had its time, since then the error is theirs alone. MEGAZEBRA_TRACEBACK=1 shows where a message came
+    from. The exit is immediate: waiting for collectives with a rank that is gone would hang.
     """
     try:
         yield
@@ -85,13 +88,22 @@ def readable_errors() -> Iterator[None]:
     except BaseException as error:
         if os.environ.get("MEGAZEBRA_TRACEBACK") == "1":
             traceback.print_exc()
-        if isinstance(error, ValueError) or type(error).__name__ in ("CheckpointError", "TrainingDivergedError"):
+        if _is_users(error):
             _exit(2, f"error: {error}")
         if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             _exit(1, f"rank {rank()} lost the connection to another rank, which has died; see its own message")
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _is_users(error: BaseException) -> bool:
+    if isinstance(error, UserError):
+        return True
+    if isinstance(error, ValueError):  # one that torch or numpy raises is a defect of ours
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        return Path(raised_in).is_relative_to(Path(__file__).parent)
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _exit(code: int, message: str) -> None:

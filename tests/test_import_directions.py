@@ -18,14 +18,15 @@ PACKAGE = Path(__file__).parents[1] / "megazebra"
 # The longest name that fits decides.
 TIERS: list[list[str]] = [
     ["megazebra"],  # the version
-    ["pattern", "labels", "launch"],
+    ["pattern", "labels", "errors"],
+    ["launch"],
     ["config"],
     ["parallel", "attention", "data"],
     ["context"],
     ["models", "plan", "train.schedule", "train.guard", "train.deepspeed_config"],
     ["train.optimizer"],
     ["train.engine"],
-    ["checkpoint", "evaluate"],
+    ["checkpoint"],
     ["train"],
 ]
 ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
@@ -33,7 +34,7 @@ ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
     "train.schedule": {"megazebra", "config", "train"},
     "train.deepspeed_config": {"megazebra", "config", "train"},
 }
-WITHOUT_TORCH = ["pattern", "labels", "launch", "config", "plan", "train.schedule", "train.deepspeed_config"]
+WITHOUT_TORCH = ["pattern", "labels", "errors", "launch", "config", "plan", "train.schedule", "train.deepspeed_config"]
 KNOW_DEEPSPEED = {"train.engine", "checkpoint.fragments"}
 
 

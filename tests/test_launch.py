@@ -58,7 +58,8 @@ def test_an_srun_task_takes_slurms_names(bare: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def end(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"from megazebra.launch import readable_errors\nwith readable_errors():\n    {body}\n"
+    imports = "from megazebra.errors import UserError\nfrom megazebra.launch import readable_errors\n"
+    code = f"{imports}with readable_errors():\n    {body}\n"
     clean = {name: value for name, value in os.environ.items() if name not in NAMES}
     return subprocess.run(
         [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=60
@@ -66,24 +67,41 @@ def end(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_users_error_is_one_message() -> None:
-    result = end("raise ValueError('model.window=0: must be >= 1')")
+    result = end("raise UserError('model.window=0: must be >= 1')")
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: model.window=0: must be >= 1\n")
 
 
 def test_another_rank_says_who_it_is_after_rank_0_had_its_time() -> None:
-    result = end("raise ValueError('data.path: not on this node')", RANK="5")
+    result = end("raise UserError('data.path: not on this node')", RANK="5")
     assert result.returncode == 2
     assert result.stderr == "rank 5: error: data.path: not on this node\n"
 
 
-def test_a_bug_shows_its_traceback() -> None:
-    result = end("raise KeyError('bug')")
+@pytest.mark.parametrize("body", ["raise KeyError('bug')", "__import__('numpy').zeros(-1)"])
+def test_a_bug_shows_its_traceback(body: str) -> None:
+    """A ValueError that another library raises is a defect of ours, not a message for the user."""
+    result = end(body)
     assert result.returncode == 1
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("from megazebra.config import load_config; load_config(None, ['model.window=0'])", "model.window=0"),
+        ("open('/nowhere/metrics.jsonl', 'w')", "No such file or directory: '/nowhere/metrics.jsonl'"),
+        ("raise OSError(28, 'No space left on device', 'runs/metrics.jsonl')", "No space left on device"),
+    ],
+)
+def test_our_own_value_errors_and_files_are_messages(body: str, message: str) -> None:
+    result = end(body)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_users_error_shows_its_traceback_on_demand() -> None:
-    result = end("raise ValueError('x')", MEGAZEBRA_TRACEBACK="1")
+    result = end("raise UserError('x')", MEGAZEBRA_TRACEBACK="1")
     assert "Traceback" in result.stderr
     assert result.stderr.endswith("error: x\n")
 

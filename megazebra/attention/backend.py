@@ -1,4 +1,4 @@
-"""Which kernel computes attention. Every other module of this folder that is not a helper is a backend.
+"""Which kernel computes attention. Every module of this folder that is not a helper (`config.backends`) is a backend.
 
 A backend is one file with three functions, described by `Backend`; the contract tests run over the folder.
 """
@@ -6,19 +6,17 @@ A backend is one file with three functions, described by `Backend`; the contract
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from megazebra.attention.packing import Packing
+from megazebra.config.backends import attention_backend_names
 from megazebra.pattern import AttentionSpec
 
-HELPERS = {"backend", "inputs", "packing"}
 # Best first; the last one runs everywhere.
 AUTO_ORDER = {"cuda": ("flash", "flex", "blocked")}
 AUTO_ORDER_ELSEWHERE = ("blocked",)
@@ -59,8 +57,7 @@ class BackendChoice:
 
 def backend_names() -> tuple[str, ...]:
     """Backends in this folder, sorted."""
-    modules = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return tuple(sorted(name for name in modules if name not in HELPERS))
+    return attention_backend_names()
 
 
 def load_backend(name: str) -> Backend:

@@ -83,7 +83,7 @@ class Packing:
         all_queries, all_keys = np.concatenate(query_lengths), np.concatenate(key_lengths)
         host_start_BS = np.stack(starts)
         return cls(
-            document_start_BS=torch.tensor(host_start_BS, device=device),
+            document_start_BS=_copied(torch.from_numpy(host_start_BS), device),
             cu_seqlens_q=_boundaries(all_queries, device),
             cu_seqlens_k=_boundaries(all_keys, device),
             max_seqlen_q=int(all_queries.max()),
@@ -96,11 +96,18 @@ class Packing:
         """The same packing with its tensors on `device`."""
         return replace(
             self,
-            document_start_BS=self.document_start_BS.to(device),
-            cu_seqlens_q=self.cu_seqlens_q.to(device),
-            cu_seqlens_k=self.cu_seqlens_k.to(device),
+            document_start_BS=_copied(self.document_start_BS, device),
+            cu_seqlens_q=_copied(self.cu_seqlens_q, device),
+            cu_seqlens_k=_copied(self.cu_seqlens_k, device),
         )
 
 
 def _boundaries(lengths: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
+    return _copied(torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32), device)
+
+
+def _copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`. From the host to a GPU through pinned memory, so that the host need not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megazebra.errors import UserError
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import Group
 
@@ -27,7 +28,7 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 24
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, read, or used for this run."""
 
 
@@ -40,9 +41,22 @@ class CheckpointStore:
         self.keep_last = keep_last
 
     def latest(self) -> Path | None:
-        """Folder of the newest complete checkpoint; None where there is none."""
-        pointer = self.folder / "latest"
-        return self.folder / pointer.read_text().strip() if pointer.exists() else None
+        """Folder of the newest complete checkpoint; None where there is none.
+
+        Raises CheckpointError on all ranks when they do not see the same.
+        """
+
+        def read() -> str | None:
+            pointer = self.folder / "latest"
+            return pointer.read_text().strip() if pointer.exists() else None
+
+        names = self._together(f"cannot read {self.folder}/latest", read)
+        if len(set(names)) > 1:
+            raise CheckpointError(
+                f"ranks see different checkpoints in {self.folder} ({', '.join(sorted(map(str, set(names))))}); "
+                "run.dir must lie on a file system that all nodes share"
+            )
+        return None if names[0] is None else self.folder / names[0]
 
     def save(self, step: int, write_files: Callable[[Path], list[Path]], index: dict[str, Any]) -> Path:
         """Write the checkpoint of `step`; `write_files(folder)` writes this rank's files and names them.
@@ -82,9 +96,10 @@ class CheckpointStore:
         os.replace(temporary, final)
         _sync_folder(self.folder)
         write_durably(self.folder / "latest", final.name + "\n")
-        for old in sorted(self.folder.glob("step_????????"))[: -self.keep_last]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+        # Later steps than this one belong to a future the user has gone back from: not ours to delete.
+        past = sorted(path for path in self.folder.glob("step_????????") if path.name <= final.name)
+        for old in past[: -self.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder: Path, read_files: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any]:
         """Call `read_files(folder, index)` on every rank and return the index.
@@ -145,11 +160,15 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that it is there whole, after a power cut too, or not at all."""
     temporary = path.with_name(path.name + ".writing")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
+from megazebra.config.backends import attention_backend_names
 from megazebra.config.errors import ConfigError
 from megazebra.config.keys import did_you_mean
 from megazebra.config.schema import (
@@ -110,6 +110,26 @@ def _rope_problems(rope: RopeConfig, model: ModelConfig) -> Problems:
                 )
 
 
+def rope_reaches(model: ModelConfig) -> Problems:
+    """Global layers see the whole sequence, so their scaling must reach it; local ones never look beyond the window.
+
+    Not asked of llama3, where the factor is no ratio of lengths: Llama 3.1 has factor 8 over 8192 and runs to 131072.
+    """
+    rope, longest = model.rope_global, model.max_position_embeddings
+    original = rope.original_max_position_embeddings
+    if ("rope_global", rope) not in _ropes(model) or not rope.enabled or original is None:
+        return
+    if rope.scaling not in ("yarn", "longrope") or (rope.scaling == "yarn" and rope.factor == 1.0):
+        return  # yarn's factor of 1 has been complained about
+    if rope.factor * original < longest * (1 - 1e-5):  # a factor may be a rounded quotient
+        yield (
+            "model.rope_global.factor",
+            f"times model.rope_global.original_max_position_embeddings={original} is {rope.factor * original:.9g}, "
+            f"less than model.max_position_embeddings={longest}; set model.rope_global.factor={longest / original:g} "
+            "or lower model.max_position_embeddings",
+        )
+
+
 def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig) -> Problems:
     tensor = parallel.tensor
     if model.num_attention_heads % tensor:
@@ -191,13 +211,9 @@ def validation_has_data(validation: ValidationConfig, data: DataConfig) -> Probl
 
 
 def attention_backend_exists(train: TrainConfig) -> Problems:
-    known = {"auto", "reference", "blocked", "flash", "flex"}
-    # Found by their text, not by import: a backend's file imports torch. The others of the folder only help them.
-    folder = Path(__file__).parent.parent / "attention"
-    known |= {file.stem for file in folder.glob("[!_]*.py") if "\ndef attend(" in file.read_text(encoding="utf-8")}
-    known -= {"backend"}
+    known = ("auto", *attention_backend_names())
     if train.attention_backend not in known:
-        names = ", ".join(sorted(known))
+        names = ", ".join(known)
         yield "train.attention_backend", f"must be one of {names}{did_you_mean(train.attention_backend, known)}"
 
 
@@ -206,6 +222,7 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     pattern_fits,
     rotary_size,
     rope_scaling,
+    rope_reaches,
     tensor_parallel_fits,
     sequence_parallel_fits,
     context_parallel_exists,

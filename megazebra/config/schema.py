@@ -155,8 +155,9 @@ class GuardConfig(Section):
     """Skip the update of a step whose loss or gradient norm is not finite or a spike."""
     sigma: Positive = 6.0
     """A spike: more than this many standard deviations above the mean of recent steps."""
-    history: Annotated[int, Field(ge=2)] = 128
-    """Recent steps the mean and deviation are taken over; spikes are looked for once half of them are there."""
+    history: Annotated[int, Field(ge=16)] = 128
+    """Recent steps the mean and deviation are taken over (fewer than 16 have no meaningful deviation);
+    spikes are looked for once half of them are there."""
     max_consecutive_skips: Count = 5
     """Abort after this many skipped steps in a row."""
 

@@ -31,12 +31,34 @@ _CORE_TYPES = (
 )
 
 
+_DEEPEST = 32  # levels of nesting; a configuration has five
+
+
 class _Loader(yaml.SafeLoader):
     # Starts empty: YAML 1.1's rules are not inherited.
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
 
     def fetch_tag(self) -> NoReturn:
         raise yaml.scanner.ScannerError(None, None, "tags such as !!float are not used here", self.get_mark())
+
+    # With aliases a few lines could stand for billions of values.
+    def fetch_anchor(self) -> NoReturn:
+        self._refuse_alias()
+
+    def fetch_alias(self) -> NoReturn:
+        self._refuse_alias()
+
+    def _refuse_alias(self) -> NoReturn:
+        message = "anchors and aliases (&name, *name) are not used here; put text that begins so in quotes"
+        raise yaml.scanner.ScannerError(None, None, message, self.get_mark())
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -128,8 +150,6 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     except yaml.reader.ReaderError as problem:
         message = f"the character U+{problem.character:04X} may not stand here"
         raise error(text.count("\n", 0, problem.position), message) from None
-    except RecursionError:
-        raise error(None, "it is nested too deeply") from None
 
 
 def _settings(
@@ -156,8 +176,6 @@ def _settings(
 def _setting(key: str, node: yaml.Node | None, source: str) -> Setting:
     try:
         return Setting(key, _value(node), source)
-    except RecursionError:
-        return Setting(key, None, source, "contains itself")
     except ValueError as problem:
         return Setting(key, None, source, str(problem))
 

@@ -21,12 +21,6 @@ def attend(
     group: Group,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Output [B, S, H, D] of this rank's queries.
-
-    Raises ValueError when the group has more than one rank: keys outside this rank would not be seen.
-    """
-    if group.size != 1:
-        raise ValueError(
-            f"context strategy 'single' needs whole sequences, got parallel.context={group.size}; set it to 1"
-        )
+    """Output [B, S, H, D] of this rank's queries, which are all of the sequence."""
+    assert group.size == 1, "keys on other ranks would not be seen"
     return backend.attend(q_BSHD, k_BSGD, v_BSGD, spec=spec, packing=packing, sinks_H=sinks_H)

@@ -23,6 +23,7 @@ class MicroBatch:
     positions_BS: int64, 0 to S - 1, or from 0 in every document where documents are masked.
     document_lengths: per row the tokens of each document's piece, adding up to S; None without document mask.
     sample_indices: place of each row in the order; -1 for rows that only fill the batch.
+    valid_tokens: labels that count, on this rank; counted on the host, so that no device is waited for.
     """
 
     tokens_BS: torch.Tensor
@@ -30,11 +31,7 @@ class MicroBatch:
     positions_BS: torch.Tensor
     document_lengths: list[list[int]] | None
     sample_indices: list[int]
-
-    @property
-    def valid_tokens(self) -> int:
-        """Labels that count."""
-        return int((self.labels_BS != IGNORE_INDEX).sum())
+    valid_tokens: int
 
     def context_slice(self, rank: int, size: int) -> MicroBatch:
         """The contiguous part of every sequence that context-parallel rank `rank` of `size` holds: [B, S/size].
@@ -48,20 +45,29 @@ class MicroBatch:
         if length % size:
             raise ValueError(f"data.seq_len={length} is not divisible by parallel.context={size}; take a multiple")
         part = slice(rank * length // size, (rank + 1) * length // size)
+        labels_BS = self.labels_BS[:, part]
         return replace(
             self,
             tokens_BS=self.tokens_BS[:, part],
-            labels_BS=self.labels_BS[:, part],
+            labels_BS=labels_BS,
             positions_BS=self.positions_BS[:, part],
+            valid_tokens=_count(labels_BS),
         )
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; copies to a GPU do not wait for it."""
+        device = torch.device(device)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # Only from pinned memory is a copy asynchronous.
+            pinned = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
         return replace(
             self,
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            positions_BS=self.positions_BS.to(device, non_blocking=True),
+            tokens_BS=move(self.tokens_BS),
+            labels_BS=move(self.labels_BS),
+            positions_BS=move(self.positions_BS),
         )
 
 
@@ -82,10 +88,16 @@ def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
             labels[row, np.cumsum(sample.segment_lengths[:-1], dtype=np.int64) - 1] = IGNORE_INDEX
         if sample.label_mask is not None:
             labels[row, ~sample.label_mask] = IGNORE_INDEX
+    labels_BS = torch.from_numpy(labels)
     return MicroBatch(
         torch.from_numpy(tokens),
-        torch.from_numpy(labels),
+        labels_BS,
         torch.from_numpy(positions),
         [sample.document_lengths for sample in samples] if document_mask else None,
         [sample.index for sample in samples],
+        _count(labels_BS),
     )
+
+
+def _count(labels_BS: torch.Tensor) -> int:
+    return int((labels_BS != IGNORE_INDEX).sum())

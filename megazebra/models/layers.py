@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import ModelConfig
-from megazebra.context.single import attend
+from megazebra.context.strategy import resolve_strategy
 from megazebra.models.rope import apply_rope
 from megazebra.models.runtime import ModelRuntime
-from megazebra.parallel.collectives import enter_tensor_parallel, reduce_gradient
+from megazebra.parallel.collectives import reduce_gradient
 from megazebra.parallel.linear import ColumnParallelLinear, RowParallelLinear, split_evenly
 from megazebra.parallel.mesh import Group, ParallelMesh
 from megazebra.parallel.sharding import mark_sharded
@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.runtime = runtime
         self.mesh = mesh
         self.head_dim = config.head_size
+        self.attend = resolve_strategy(spec, mesh.cp)
         self.label = f"{name}.{spec.kind}"
         heads = split_evenly(config.num_attention_heads, mesh.tp, "model.num_attention_heads")
         split_evenly(config.kv_heads, mesh.tp, "model.num_kv_heads")
@@ -71,7 +72,7 @@ class Attention(nn.Module):
             mesh.tp,
             bias=bias,
             sequence_parallel=runtime.sequence_parallel,
-            name=f"{name}.o_proj",
+            name=self.label,
         )
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -84,15 +85,14 @@ class Attention(nn.Module):
             mark_sharded(self.sinks, dim=0, full_size=config.num_attention_heads)
 
     def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None) -> Tensor:
-        x_BSE = enter_tensor_parallel(
-            x_BSE, self.mesh.tp, sequence_parallel=self.runtime.sequence_parallel, label=self.label
-        )
-        q_BSHD = self.q_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSGD = self.k_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BSGD = self.v_proj(x_BSE).unflatten(-1, (-1, self.head_dim))
+        entered = self.runtime.enter(x_BSE, self.mesh.tp, self.label)
+        q_BSHD = self.q_proj(*entered).unflatten(-1, (-1, self.head_dim))
+        k_BSGD = self.k_proj(*entered).unflatten(-1, (-1, self.head_dim))
+        v_BSGD = self.v_proj(*entered).unflatten(-1, (-1, self.head_dim))
+        del entered  # attention should not have to hold the whole input
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
-        out_BSHD = attend(
+        out_BSHD = self.attend(
             apply_rope(q_BSHD, rope),
             apply_rope(k_BSGD, rope),
             v_BSGD,
@@ -118,14 +118,13 @@ class SwiGLU(nn.Module):
         self.gate_proj = ColumnParallelLinear(size, width, mesh.tp, bias=bias, name=f"{name}.gate_proj")
         self.up_proj = ColumnParallelLinear(size, width, mesh.tp, bias=bias, name=f"{name}.up_proj")
         self.down_proj = RowParallelLinear(
-            width, size, mesh.tp, bias=bias, sequence_parallel=runtime.sequence_parallel, name=f"{name}.down_proj"
+            width, size, mesh.tp, bias=bias, sequence_parallel=runtime.sequence_parallel, name=name
         )
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        x_BSE = enter_tensor_parallel(
-            x_BSE, self.tp, sequence_parallel=self.runtime.sequence_parallel, label=self.label
-        )
-        gate_BSF, up_BSF = self.gate_proj(x_BSE), self.up_proj(x_BSE)
+        entered = self.runtime.enter(x_BSE, self.tp, self.label)
+        gate_BSF, up_BSF = self.gate_proj(*entered), self.up_proj(*entered)
+        del entered
         if self.runtime.recompute == "selective" and torch.is_grad_enabled():
             return recomputed(self._down, gate_BSF, up_BSF)
         return self._down(gate_BSF, up_BSF)

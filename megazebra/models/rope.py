@@ -6,6 +6,7 @@ Legend: B batch, S sequence, H heads, D head dim.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -70,13 +71,19 @@ def _llama3(frequencies: Tensor, rope: RopeConfig, original: int) -> Tensor:
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
+@functools.lru_cache(maxsize=64)  # else every forward pass would wait for a copy from the host
+def _frequencies_on(device: torch.device, rope: RopeConfig, head_dim: int, seq_len: int) -> tuple[Tensor, float]:
+    frequencies, factor = inverse_frequencies(rope, head_dim, seq_len)
+    return frequencies.to(device), factor
+
+
 def cos_sin(rope: RopeConfig, head_dim: int, positions_BS: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     """cos and sin [B, S, 1, D/2] in float32 for int64 positions [B, S].
 
     Angles are formed in float64: at position 100,000 a float32 product is already off by 0.004 radians.
     """
-    frequencies, factor = inverse_frequencies(rope, head_dim, seq_len)
-    angles = positions_BS[:, :, None, None].double() * frequencies.to(positions_BS.device)
+    frequencies, factor = _frequencies_on(positions_BS.device, rope, head_dim, seq_len)
+    angles = positions_BS[:, :, None, None].double() * frequencies
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 

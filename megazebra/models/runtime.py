@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from megazebra.attention.backend import BackendChoice
+from megazebra.parallel.mesh import Group
+from megazebra.parallel.regather import Regather, column_input
 
 
 @dataclass(frozen=True)
@@ -20,3 +24,14 @@ class ModelRuntime:
     sequence_parallel: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     loss_chunk: int = 1024
+
+    def enter(self, x_BSE: Tensor, tp: Group, label: str) -> tuple[Tensor, Regather | None]:
+        """The input of a block's column-parallel layers, as `column_input` gives it under these choices."""
+        # A recomputed block holds the gathered input for the moment of its own backward only.
+        return column_input(
+            x_BSE,
+            tp,
+            sequence_parallel=self.sequence_parallel,
+            keep_gathered=self.recompute == "full",
+            label=label,
+        )

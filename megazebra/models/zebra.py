@@ -6,6 +6,8 @@ Legend: B batch, S sequence of this context-parallel rank, E width of the residu
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +83,7 @@ class ZebraModel(nn.Module):
         labels_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         packing: Packing | None = None,
-        reduction: str = "sum",
+        reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
         """Summed cross-entropy of this rank's tokens (fp32 scalar, the same on every tp rank).
 

@@ -36,7 +36,8 @@ def all_gather(shard: Tensor, group: Group, *, dim: int, label: str = "") -> Ten
     full = leading.new_empty((leading.shape[0] * group.size, *leading.shape[1:]))
     group.traffic.record("all_gather", group.name, group.size, full.nbytes, label)
     _all_gather(full, leading, group=group.process_group)
-    return full.movedim(0, dim)
+    # Joined in memory too, or every layer that reads it would make a copy of its own.
+    return full.movedim(0, dim).contiguous()
 
 
 def reduce_scatter(full: Tensor, group: Group, *, dim: int, label: str = "") -> Tensor:
@@ -55,15 +56,6 @@ def reduce_scatter(full: Tensor, group: Group, *, dim: int, label: str = "") -> 
     group.traffic.record("reduce_scatter", group.name, group.size, leading.nbytes, label)
     _reduce_scatter(shard, leading, group=group.process_group)
     return shard.movedim(0, dim)
-
-
-def broadcast(tensor: Tensor, group: Group, *, label: str = "") -> Tensor:
-    """The tensor of the group's first rank, written into `tensor`, which is returned."""
-    if group.size == 1:
-        return tensor
-    group.traffic.record("broadcast", group.name, group.size, tensor.nbytes, label)
-    dist.broadcast(tensor, src=group.ranks[0], group=group.process_group)
-    return tensor
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:

@@ -86,11 +86,12 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place: V x E in fp32 is large. A second backward through the same graph is an error of autograd's.
         grad_hidden_NE, grad_weight_VE = ctx.saved_tensors
         if grad_hidden_NE is not None:
-            grad_hidden_NE = grad_hidden_NE * grad.to(grad_hidden_NE.dtype)
+            grad_hidden_NE = grad_hidden_NE.mul_(grad)
         if grad_weight_VE is not None:
-            grad_weight_VE = (grad_weight_VE * grad).to(ctx.weight_dtype)
+            grad_weight_VE = grad_weight_VE.mul_(grad).to(ctx.weight_dtype)
         return grad_hidden_NE, grad_weight_VE, None, None
 
 

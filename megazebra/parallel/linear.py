@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megazebra.parallel.collectives import leave_tensor_parallel, reduce_gradient
 from megazebra.parallel.mesh import Group
+from megazebra.parallel.regather import LinearWithRegather, Regather
 from megazebra.parallel.sharding import mark_sharded
 
 
@@ -24,8 +25,8 @@ def split_evenly(size: int, tp: Group, what: str) -> int:
 class ColumnParallelLinear(nn.Module):
     """Y_r = X W_r^T + b_r: each rank has a slice of the output features.
 
-    Input [B, S, in] must be whole and come through `enter_tensor_parallel`, once for all column-parallel
-    layers that share it; output [B, S, out/tp].
+    Input and regather come from `column_input`, once for all column-parallel layers that share them; the
+    input [B, S, in] is whole, the output [B, S, out/tp].
     Raises ValueError when `out_features` is not divisible by tp.
     """
 
@@ -38,8 +39,10 @@ class ColumnParallelLinear(nn.Module):
         if self.bias is not None:
             mark_sharded(self.bias, dim=0, full_size=out_features)
 
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        return F.linear(x_BSE, self.weight, self.bias)
+    def forward(self, x_BSE: Tensor, regather: Regather | None = None) -> Tensor:
+        if regather is None:
+            return F.linear(x_BSE, self.weight, self.bias)
+        return LinearWithRegather.apply(x_BSE, self.weight, self.bias, regather)
 
 
 class RowParallelLinear(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -62,6 +63,7 @@ class ParallelMesh:
                 f"start a multiple of {tp * cp} processes or lower one of them"
             )
         traffic = TrafficCounter()
+        timeout = timedelta(seconds=config.timeout_s)
 
         def axis(name: str, key: Callable[[int, int, int], object]) -> Group:
             """The group of ranks that agree on `key(dp rank, cp rank, tp rank)`."""
@@ -72,7 +74,7 @@ class ParallelMesh:
             for ranks in members.values():
                 process_group = None
                 if distributed:  # a group of all ranks exists already, with its communicator
-                    process_group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks)
+                    process_group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, timeout=timeout)
                 if rank in ranks:
                     own = Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
             assert own is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,46 @@ _OURS = {
     "fp16.enabled": "train.precision",
     "torch_autocast.enabled": "train.precision",
 }
+# A user's file may set these keys ...
+_TUNABLE = {
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
+    *("comms_logger", "flops_profiler", "timers", "aio"),
+    *(
+        f"zero_optimization.{name}"
+        for name in (
+            *("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "overlap_comm", "contiguous_gradients"),
+            *("reduce_scatter", "allgather_partitions", "use_multi_rank_bucket_allreduce", "round_robin_gradients"),
+            *("ignore_unused_parameters", "memory_efficient_linear", "log_trace_cache_warnings"),
+            *("enable_sanity_checks", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+            *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+            *("stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold"),
+            *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+        )
+    ),
+}
+# ... and these, where groups of processes, numerics or what our checkpoints read depends on them, only to
+# DeepSpeed's default. Of these sections ('' is the top level) it may set no other key that is not generated.
+_ONLY_DEFAULT = {
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.mics_hierarchical_params_gather": False,
+    "zero_optimization.zero_quantized_weights": False,
+    "zero_optimization.zero_quantized_gradients": False,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.zenflow": None,
+    "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.elastic_checkpoint": False,
+    "zero_optimization.load_from_fp32_weights": True,
+    "zero_optimization.legacy_stage1": False,
+    "zero_optimization.parameter_alignment": False,
+    "zero_optimization.pipeline_loading_checkpoint": False,
+    "zero_optimization.override_module_apply": True,
+    "bf16.immediate_grad_update": False,
+    "bf16.check_grad_overflow": True,
+    "bf16.bf16_master_weights_and_grads": False,
+    "bf16.bf16_optimizer_states": False,
+}
+_CLOSED = ("", "zero_optimization", "bf16", "data_types")
 # Sections that would do a second time what we do, or would never be read: refused whatever they say.
 _REFUSED = {
     "optimizer": "set optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps and optimizer.weight_decay",
@@ -29,9 +71,11 @@ _REFUSED = {
     "tensor_parallel": "set parallel.tensor",
     "sequence_parallel_size": "set parallel.context",
     "activation_checkpointing": "set train.recompute",
+    "wandb": "set logging.wandb.enabled",
+    "tensorboard": "set logging.tensorboard",
 }
 # Of `zero_optimization`: states would lie where our checkpoints do not look for them.
-_NOT_YET = ("offload_optimizer", "offload_param")
+_NOT_YET = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 
 def effective_zero_stage(config: Config) -> int:
@@ -62,6 +106,9 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "torch_autocast": {"enabled": False},
         # Else bf16 gradients are summed over the micro-batches in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Else they are summed over the data-parallel ranks in bf16, which loses more the more ranks there are, and
+        # undoes the line above. ZeRO-3 gathers the parameters in their own type all the same.
+        "communication_data_type": "fp32",
         # Written even where it is off: DeepSpeed's default is 1.0.
         "gradient_clipping": 0.0 if engine_clips else config.optimizer.grad_clip,
         # DeepSpeed's defaults, which our scaling of the loss relies on: gradients are averaged over the ranks, once.
@@ -112,40 +159,35 @@ def merge_user_config(generated: dict[str, Any], user: dict[str, Any], source: s
     """The generated configuration with the keys that `user` (read from the file `source`) adds.
 
     "auto" (the habit of Hugging Face's trainer), or a value equal to ours, leaves ours. Raises ConfigError with
-    every key that the two sides set differently and every section that MegaZebra sees to itself.
+    every key that the two sides set differently, that MegaZebra sees to itself or that is not known to be harmless.
     """
-    problems = [
-        f"{key}: {source} sets it, but MegaZebra sees to this itself; {mend}, and remove it from {source}"
-        for key, mend in _REFUSED.items()
-        if user.get(key, "auto") != "auto"
-    ]
-    user = {key: value for key, value in user.items() if key not in _REFUSED}
-    zero = user.get("zero_optimization")
-    problems += [
-        f"zero_optimization.{key}: {source} sets it, but offloading is not there yet; remove it from {source}"
-        for key in _NOT_YET
-        if isinstance(zero, dict) and zero.get(key, "auto") not in ("auto", None, {"device": "none"})
-    ]
-    if generated["zero_optimization"]["stage"] == 0 and user.get("gradient_clipping", "auto") != "auto":
-        # Ours is 0.0 here whatever optimizer.grad_clip says, so agreement could not be told from a conflict.
-        problems.append(
-            f"gradient_clipping: {source} says {json.dumps(user.pop('gradient_clipping'))}, but in fp32 with "
-            f"parallel.zero_stage=0 MegaZebra clips by itself; set optimizer.grad_clip, and remove it from {source}"
-        )
+    problems: list[str] = []
+    known = {*generated, *_TUNABLE, *_ONLY_DEFAULT, *_OURS}
 
     def merge(ours: Any, theirs: Any, key: str) -> Any:
         if isinstance(ours, dict) and isinstance(theirs, dict):
             result = dict(ours)
             for name, value in theirs.items():
                 inner = f"{key}.{name}" if key else name
-                if name in ours:
+                if value == "auto":
+                    continue
+                if name in ours and inner not in _TUNABLE:
                     result[name] = merge(ours[name], value, inner)
-                elif value != "auto":
+                elif problem := _objection(inner, value, source, known):
+                    problems.append(problem)
+                elif inner not in _ONLY_DEFAULT:
                     result[name] = merge({}, value, inner) if isinstance(value, dict) else value
             return result
+        if key == "gradient_clipping" and generated["zero_optimization"]["stage"] == 0:
+            # Ours is 0.0 here whatever optimizer.grad_clip says, so agreement could not be told from a conflict.
+            problems.append(
+                f"{key}: {source} says {json.dumps(theirs)}, but in fp32 with parallel.zero_stage=0 MegaZebra clips "
+                f"by itself; set optimizer.grad_clip, and remove it from {source}"
+            )
+            return ours
         if key == "zero_optimization.stage" and theirs == 0 and generated["bf16"]["enabled"]:
             theirs = 1  # as `effective_zero_stage` reads ours
-        if theirs != "auto" and not _equal(ours, theirs):
+        if not _equal(ours, theirs):
             says = f"{source} says {json.dumps(theirs)}, {_our_side(key, ours, generated)}"
             problems.append(f"{key}: {says}; remove it from {source}")
         return ours
@@ -154,6 +196,34 @@ def merge_user_config(generated: dict[str, Any], user: dict[str, Any], source: s
     if problems:
         raise ConfigError(problems)
     return merged
+
+
+def _objection(key: str, value: Any, source: str, known: Iterable[str]) -> str | None:
+    """Why a user's file may not add `key`; None when it may."""
+    section, _, name = key.rpartition(".")
+    if key in _REFUSED:
+        mend = _REFUSED[key]
+        return f"{key}: {source} sets it, but MegaZebra sees to this itself; {mend}, and remove it from {source}"
+    if section == "zero_optimization" and name in _NOT_YET:
+        if value in (None, False, {"device": "none"}):
+            return None
+        return f"{key}: {source} sets it, but offloading is not there yet; remove it from {source}"
+    if key in _ONLY_DEFAULT:
+        if _equal(_ONLY_DEFAULT[key], value):
+            return None
+        says = f"{source} says {json.dumps(value)}, but MegaZebra relies on {json.dumps(_ONLY_DEFAULT[key])}"
+        return f"{key}: {says}; remove it from {source}"
+    if section in _CLOSED and key not in _TUNABLE:
+        return f"{source}: unknown or unsupported key {key!r}{_meant(section, name, known) or '; remove it'}"
+    return None
+
+
+def _meant(section: str, name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for a name of another section or a typo within its own, else ''."""
+    names = {key.rpartition(".")[2]: key for key in known}
+    here = [other for other, key in names.items() if key.rpartition(".")[0] == section]
+    close = [name] if name in names else difflib.get_close_matches(name, here, n=1, cutoff=0.8)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def _our_side(key: str, value: Any, generated: dict[str, Any]) -> str:

@@ -33,6 +33,8 @@ from megazebra.train.schedule import learning_rate
 
 _NOT_FOR_USERS = ("untested optimizer", "OVERFLOW! Skipping step")
 
+_UNDECIDED = "undecided"
+
 Forward = Callable[[Any, Any], Tensor]
 
 
@@ -136,7 +138,8 @@ class TrainEngine:
         self.forward = forward
         self.zero_stage = effective_zero_stage(config)
         self.guard = SpikeGuard(config.train.guard)
-        sharded_build = nullcontext()
+        # On its device from the start: a whole model may not fit the host.
+        sharded_build: Any = torch.device(device)
         if self.zero_stage == 3:
             # The group must be named: without it ZeRO-3 shards over tensor-parallel ranks too.
             sharded_build = deepspeed.zero.Init(
@@ -151,8 +154,6 @@ class TrainEngine:
             )
         with sharded_build:
             model = build_model()
-        if self.zero_stage != 3:
-            model = model.to(device)
         initialize(model, config.model, config.train.seed, mesh.tp, self.gathered)
         optimizer = build_optimizer(model, config.optimizer)
         optimizer.refuses = self._refuses_update
@@ -167,6 +168,7 @@ class TrainEngine:
         self.optimizer = optimizer
         self._loss = math.nan
         self._grad_norm = math.nan
+        self._verdict: str | None = _UNDECIDED
         self._count_traffic()
 
     @property
@@ -181,11 +183,10 @@ class TrainEngine:
 
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
-    def train_step(self, micro_batches: Sequence[Any], step: int, samples: str) -> StepResult:
+    def train_step(self, micro_batches: Sequence[Any], step: int) -> StepResult:
         """One update over all micro-batches of the step (each has `valid_tokens`).
 
-        step: number of the update, from 0 (the learning rate follows it). samples: names the batch in errors.
-        Raises TrainingDivergedError when the guard has refused too many updates in a row.
+        step: number of the update, from 0 (the learning rate follows it).
         """
         group = self.mesh.dp_cp
         counts = torch.tensor([float(sum(batch.valid_tokens for batch in micro_batches))], dtype=torch.float64)
@@ -202,16 +203,19 @@ class TrainEngine:
             loss_sum += loss.detach()
             if batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; the last one updates
+        self._verdict = _UNDECIDED
         self._loss = all_reduce(loss_sum, group, label="loss").item() / max(1, valid_tokens)
         if self._clips_itself:
             self._grad_norm = self._clip_gradients()
         self.deepspeed.step()
         grad_norm = self._current_grad_norm()
-        skipped = self.guard.objection(self._loss, grad_norm)
+        skipped = self._reason_of_skip(grad_norm)
         if skipped is None:
             self.guard.accepted(self._loss, grad_norm)
         else:
-            self.guard.skipped(skipped, samples)
+            self.guard.skipped()
+        if self.device.type == "cuda":  # so that the step's time is the step's
+            torch.cuda.synchronize(self.device)
         return StepResult(self._loss, grad_norm, lr, valid_tokens, skipped)
 
     def evaluate(self, micro_batches: Sequence[Any]) -> float:
@@ -227,7 +231,23 @@ class TrainEngine:
         return loss_sum / max(1.0, valid_tokens)
 
     def _refuses_update(self) -> bool:
-        return self.guard.objection(self._loss, self._current_grad_norm()) is not None
+        """Asked by the optimizer, before each of its groups: decided at the first, by all ranks together.
+
+        Loss and norm should be the same numbers everywhere; were they not, in their last bit, ranks that
+        decide alone could drift apart without a sign.
+        """
+        if self._verdict is _UNDECIDED:
+            objection = self.guard.objection(self._loss, self._current_grad_norm())
+            flag = torch.tensor([float(objection is not None)], device=self.device)
+            refused = bool(all_reduce(flag, self.mesh.world, maximum=True, label="guard").item())
+            self._verdict = (objection or "another rank objected") if refused else None
+        return self._verdict is not None
+
+    def _reason_of_skip(self, grad_norm: float) -> str | None:
+        if self._verdict is not _UNDECIDED:
+            return self._verdict
+        # The optimizer was never asked: ZeRO itself drops a step whose gradients are not finite.
+        return self.guard.objection(self._loss, grad_norm) or f"gradient norm is {grad_norm}, which ZeRO refuses"
 
     @property
     def _clips_itself(self) -> bool:

@@ -7,9 +7,13 @@ import statistics
 from collections import deque
 
 from megazebra.config.schema import GuardConfig
+from megazebra.errors import UserError
+
+# Of the mean: a run that repeats itself must not take rounding for a spike.
+_LEAST_DEVIATION = 1e-3
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(UserError):
     """Too many updates in a row were skipped."""
 
 
@@ -42,21 +46,27 @@ class SpikeGuard:
         if len(history) < self.config.history // 2:
             return None
         mean, deviation = statistics.fmean(history), statistics.pstdev(history)
+        deviation = max(deviation, _LEAST_DEVIATION * abs(mean))
         limit = mean + self.config.sigma * deviation
         if value > limit:
             return f"{what} {value:.4g} is a spike (limit {limit:.4g}: mean {mean:.4g}, deviation {deviation:.2g})"
         return None
 
     def accepted(self, loss: float, grad_norm: float) -> None:
+        """Take a step that was made into the history (with the guard off it may be any number)."""
         self.skips_in_a_row = 0
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.losses.append(loss)
+            self.grad_norms.append(grad_norm)
 
-    def skipped(self, reason: str, samples: str) -> None:
-        """Count a skipped update. Raises TrainingDivergedError after `max_consecutive_skips` in a row."""
+    def skipped(self) -> None:
+        """Count an update that was not made."""
         self.skips_in_a_row += 1
         self.total_skips += 1
-        if self.skips_in_a_row >= self.config.max_consecutive_skips:
+
+    def check(self, reason: str, samples: str) -> None:
+        """Raises TrainingDivergedError after `max_consecutive_skips` skips in a row, the last for `reason`."""
+        if self.config.enabled and self.skips_in_a_row >= self.config.max_consecutive_skips:
             raise TrainingDivergedError(
                 f"{self.skips_in_a_row} updates in a row were skipped; last reason: {reason}; last batch: {samples}. "
                 "Lower optimizer.lr, look at those samples, or raise train.guard.max_consecutive_skips"

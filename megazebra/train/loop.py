@@ -15,6 +15,16 @@ def train(session: Session) -> None:
 
     Raises TrainingDivergedError (too many bad updates in a row) and CheckpointError (cannot save), on all ranks.
     """
+    try:
+        progress = _train(session)
+    finally:  # what was measured is kept and drawn, however the run ends
+        if session.reporter is not None:
+            session.reporter.close()
+    if session.reporter is not None:
+        session.reporter.summarize(progress, session.engine.guard.total_skips)
+
+
+def _train(session: Session) -> Progress:
     config, engine, mesh, progress = session.config, session.engine, session.mesh, session.progress
     steps, batch_size = config.train.steps, config.train.global_batch_size
     while progress.step < steps:
@@ -22,7 +32,7 @@ def train(session: Session) -> None:
         mesh.traffic.reset()
         batches = [place(batch, session) for batch in session.loader.next_step(progress.samples)]
         samples = f"samples {progress.samples} to {progress.samples + batch_size - 1}"
-        result = engine.train_step(batches, progress.step, samples)
+        result = engine.train_step(batches, progress.step)
         progress = Progress(
             progress.step + 1, progress.samples + batch_size, progress.tokens + batch_size * config.data.seq_len
         )
@@ -30,12 +40,13 @@ def train(session: Session) -> None:
         if session.reporter is not None:
             flops = device_flops(batches, session)
             session.reporter.step(progress, result, seconds, flops, mesh.traffic, samples)
+        if result.skipped is not None:
+            engine.guard.check(result.skipped, samples)
         if session.validation is not None and _due(progress.step, config.validation.interval, steps):
             validate(session, progress.step)
         if _due(progress.step, config.checkpoint.interval, steps):
             save(session, progress)
-    if session.reporter is not None:
-        session.reporter.close(progress, engine.guard.total_skips)
+    return progress
 
 
 def validate(session: Session, step: int) -> None:

@@ -6,7 +6,7 @@ Training rows (`"kind": "train"`), one per step:
     loss              mean cross-entropy over the valid tokens of the global batch, nats
     grad_norm         global gradient norm before clipping
     lr                learning rate of the update
-    step_time_s       wall time since the last step ended, data included
+    step_time_s       wall time of the step, data included; reporting, validation and saving are not
     tokens_per_s      tokens of the global batch / step_time_s
     flops_per_s       model operations of one device / step_time_s (megazebra/plan/flops.py says what counts)
     mfu               flops_per_s / peak of the device; null where the peak is not known
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class MetricsFile:
-    """Append-only; a row is on disk when `write` returns, so a killed run keeps all it had.
+    """Append-only; a row is with the system when `write` returns, so a killed process keeps all it had.
 
     resumed_step: rows after it belong to a run that went further than its last checkpoint and are dropped.
     """
@@ -49,8 +49,11 @@ class MetricsFile:
         self._file: TextIO = path.open("a")
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:  # a full disk; the file's name is what a user needs to know
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         self._file.close()

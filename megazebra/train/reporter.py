@@ -36,7 +36,7 @@ class Reporter:
         self.peak = peak_flops(device_name, config.train.precision)
         self.folder = Path(config.run.dir)
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step)
-        self.trackers = open_trackers(config)
+        self.trackers = open_trackers(config, progress.step)
         self.console = Console(config.logging.progress, config.logging.interval, progress.step, config.train.steps)
         self.started = time.perf_counter()
         self.first = progress
@@ -77,19 +77,20 @@ class Reporter:
     def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
         self.message(f"step {step}: checkpoint {folder} ({seconds:.1f} s)")
 
-    def close(self, progress: Progress, skips: int) -> None:
-        """Draw the plot and print the summary of a run that has reached its end."""
+    def close(self) -> None:
+        """Finish every record and draw the plot."""
         self.console.close()
         self.metrics.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self.trackers.close()
         plot_loss(self.metrics.path, self.folder / "loss.png", self.unigram)
+
+    def summarize(self, progress: Progress, skips: int) -> None:
+        """Print how a run that has reached its end went."""
         print("\n".join(self._summary(progress, skips)), flush=True)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.metrics.write(row)
-        for tracker in self.trackers:
-            tracker.log(row)
+        self.trackers.log(row)
 
     def _summary(self, progress: Progress, skips: int) -> list[str]:
         rows = read_metrics(self.metrics.path)

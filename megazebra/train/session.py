@@ -24,6 +24,7 @@ from megazebra.plan.flops import parameter_count
 from megazebra.train.deepspeed_config import effective_zero_stage
 from megazebra.train.engine import TrainEngine, start_deepspeed
 from megazebra.train.reporter import Reporter
+from megazebra.train.trackers import check_trackers
 
 
 @dataclass
@@ -50,6 +51,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     device = _device()
     train_corpus, held_out, held_out_samples = _open_corpora(config)
     _check_run_folder(config)
+    check_trackers(config)
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)
@@ -96,7 +98,8 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Where Slurm gives each task a GPU of its own, every task sees one device and has another local rank.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     if "OMP_NUM_THREADS" not in os.environ:

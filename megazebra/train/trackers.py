@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +22,12 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder's `tensorboard`."""
+    """Event files in the run folder's `tensorboard`; what a resumed run does again is purged."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, row: Row) -> None:
         for name, value in _numbers(row).items():
@@ -35,15 +38,20 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, offline where there is no key or no answer: tracking never ends training."""
+    """A run of Weights & Biases, offline where there is no key or no answer. A resumed run keeps its id."""
 
     def __init__(self, config: Config) -> None:
         import wandb
 
         folder = Path(config.run.dir)
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
         options: dict[str, Any] = {
             "project": config.logging.wandb.project,
             "name": config.logging.wandb.name or folder.name,
+            "id": id_file.read_text().strip(),
+            "resume": "allow",
             "dir": str(folder),
             "config": config.model_dump(mode="json"),
             "settings": wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True),
@@ -62,23 +70,44 @@ class Wandb:
         self.run.finish()
 
 
-def open_trackers(config: Config) -> list[Tracker]:
-    """The trackers that `logging` asks for.
+class Trackers:
+    """All trackers of a run. One that fails is dropped with a line: tracking never ends training."""
 
-    Raises ValueError, naming the key and the extra to install, when one's package is absent.
-    """
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def log(self, row: Row) -> None:
+        self._each(lambda tracker: tracker.log(row))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                print(f"{type(tracker).__name__} is switched off after {type(error).__name__}: {error}", flush=True)
+                self.trackers.remove(tracker)
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError, naming the key and the extra to install, when a tracker's package is absent."""
+    wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb.enabled}
+    for package, asked in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            key = "logging.tensorboard" if package == "tensorboard" else "logging.wandb.enabled"
+            raise ValueError(f"{key}=true needs `pip install 'megazebra[{package}]'`; install it or set it to false")
+
+
+def open_trackers(config: Config, first_step: int) -> Trackers:
+    """The trackers that `logging` asks for, of a run that stands at `first_step`."""
     trackers: list[Tracker] = []
-    try:
-        if config.logging.tensorboard:
-            trackers.append(TensorBoard(Path(config.run.dir)))
-    except ImportError as error:
-        raise ValueError(f"logging.tensorboard=true needs `pip install 'megazebra[tensorboard]'` ({error})") from error
-    try:
-        if config.logging.wandb.enabled:
-            trackers.append(Wandb(config))
-    except ImportError as error:
-        raise ValueError(f"logging.wandb.enabled=true needs `pip install 'megazebra[wandb]'` ({error})") from error
-    return trackers
+    if config.logging.tensorboard:
+        trackers.append(TensorBoard(Path(config.run.dir), first_step))
+    if config.logging.wandb.enabled:
+        trackers.append(Wandb(config))
+    return Trackers(trackers)
 
 
 def _numbers(row: Row) -> dict[str, float]:

@@ -14,6 +14,7 @@ def resolve(name: str, device: torch.device, specs=LAYERS, dtype=torch.bfloat16)
 
 def test_backends_are_the_files_of_the_folder():
     assert {"reference", "blocked", "flash", "flex"} <= set(backend_names())
+    assert not {"__init__", "backend", "inputs", "packing"} & set(backend_names())
     for name in backend_names():
         backend = load_backend(name)
         assert callable(backend.attend)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from megazebra.config import Config, ConfigError, ParallelConfig, TrainConfig, check_world, load_config
+from megazebra.config.backends import attention_backend_names
 
 YARN = ["scaling=yarn", "factor=4", "original_max_position_embeddings=2048"]
 LLAMA3 = ["scaling=llama3", "factor=8", "original_max_position_embeddings=8192"]
-LONGROPE = ["scaling=longrope", "original_max_position_embeddings=2048"]
+LONGROPE = ["scaling=longrope", "factor=2", "original_max_position_embeddings=2048"]
 TWO = "[1.0, 2.0]"
 
 
@@ -35,9 +36,19 @@ def rope(*options: str, kind: str = "rope_global") -> list[str]:
         ["model.head_dim=4", *rope(*LONGROPE, f"short_factor={TWO}", f"long_factor={TWO}")],
         [
             "model.head_dim=4",
-            *rope(*LONGROPE, "factor=8", f"short_factor={TWO}", f"long_factor={TWO}", kind="rope_local"),
+            *rope(*LONGROPE, "factor=1", f"short_factor={TWO}", f"long_factor={TWO}", kind="rope_local"),
         ],
         rope("enabled=false", *YARN),  # switching RoPE off for a try takes one key
+        ["model.max_position_embeddings=8192", *rope(*YARN)],
+        [
+            "model.max_position_embeddings=8000",
+            *rope("scaling=yarn", "factor=2.66666", "original_max_position_embeddings=3000"),  # 8000/3000, rounded
+        ],
+        # Nothing need reach the end of the sequence where no layer looks so far, or has a position embedding.
+        ["model.max_position_embeddings=9000", "model.pattern=L", *rope(*YARN)],
+        ["model.max_position_embeddings=9000", *rope(*YARN, "enabled=false")],
+        ["model.max_position_embeddings=9000", *rope(*YARN, kind="rope_local")],
+        ["model.max_position_embeddings=131072", *rope(*LLAMA3)],  # Llama 3.1
         ["parallel.sequence_parallel=true", "parallel.tensor=2"],
         ["train.micro_batch_size=4", "train.global_batch_size=12"],
         ["schedule.warmup_steps=10", "train.steps=10"],
@@ -129,6 +140,24 @@ def test_accepted(overrides: list[str]) -> None:
             [
                 "data.seq_len=8192: exceeds model.max_position_embeddings=4096; raise model.max_position_embeddings "
                 "together with model.rope_global.scaling, or lower data.seq_len"
+            ],
+        ),
+        (
+            ["model.max_position_embeddings=10240", *rope(*YARN)],
+            [
+                "model.rope_global.factor=4: model.rope_global.factor=4.0: times "
+                "model.rope_global.original_max_position_embeddings=2048 is 8192, "
+                "less than model.max_position_embeddings=10240; set model.rope_global.factor=5 "
+                "or lower model.max_position_embeddings"
+            ],
+        ),
+        (
+            ["model.head_dim=4", *rope(*LONGROPE, "factor=1", f"short_factor={TWO}", f"long_factor={TWO}")],
+            [
+                "model.rope_global.factor=1: model.rope_global.factor=1.0: times "
+                "model.rope_global.original_max_position_embeddings=2048 is 2048, "
+                "less than model.max_position_embeddings=4096; set model.rope_global.factor=2 "
+                "or lower model.max_position_embeddings"
             ],
         ),
         (
@@ -241,7 +270,8 @@ def test_unknown_attention_backend(name: str, suggestion: str) -> None:
         load_config(None, [f"train.attention_backend={name}"])
     (problem,) = caught.value.problems
     offered = problem.partition("must be one of ")[2].partition(";")[0].split(", ")
-    assert {"auto", "reference", "blocked", "flash", "flex"} <= set(offered)
+    assert offered == ["auto", *attention_backend_names()]
+    assert {"reference", "blocked", "flash", "flex"} <= set(offered)
     assert name not in offered
     assert problem.endswith(suggestion)
 

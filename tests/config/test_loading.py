@@ -43,11 +43,11 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "\ufefftrain:\n  steps: 20\n  guard: {sigma: 4}\nmodel:\n  num_layers: 4\n"
-        "  rope_local: &rope {theta: 5e5}\n  rope_global: *rope\n",
+        "  rope_local: {theta: 5e5}\n  rope_global: {theta: 5e5}\n",
     )
-    config = load_config(path, ["--train.steps=30", "model.pattern=[G, L, 128, L]", "train.guard={history: 7}"])
+    config = load_config(path, ["--train.steps=30", "model.pattern=[G, L, 128, L]", "train.guard={history: 70}"])
     assert config.train.steps == 30
-    assert (config.train.guard.sigma, config.train.guard.history) == (4.0, 7)
+    assert (config.train.guard.sigma, config.train.guard.history) == (4.0, 70)
     assert config.model.pattern == ("G", "L", 128, "L")
     assert config.model.rope_global.theta == config.model.rope_local.theta == 500000.0
 
@@ -77,6 +77,8 @@ def test_file_and_overrides(tmp_path: Path) -> None:
         ("run.dir=007", "007"),
         ("run.dir=1__0", "1__0"),
         ("run.dir='5'", "5"),
+        ("run.dir='*'", "*"),
+        ("run.dir=a*b&c", "a*b&c"),
         ("run.dir=a=b", "a=b"),
     ],
 )
@@ -127,6 +129,7 @@ def test_the_last_value_counts_and_mends_an_earlier_one(tmp_path: Path) -> None:
             "must be a string to tile, such as GLLL, or a list of every layer, such as [G, 128, L]",
         ),
         ("train.seed=2147483648", "must be < 2147483648"),
+        ("train.guard.history=15", "must be >= 16"),
     ],
 )
 def test_wrong_values(override: str, message: str, tmp_path: Path) -> None:
@@ -233,11 +236,18 @@ def test_checks_across_keys_wait_for_their_sections(tmp_path: Path) -> None:
         ("train:\n  steps: !!python/object/apply:os.system ['true']\n", "tiny.yaml:2: is not valid YAML: tags such as"),
         ("train:\n  steps: !!int '5'\n", "tiny.yaml:2: is not valid YAML: tags such as"),
         ("train:\n  steps: \x07\n", "tiny.yaml:2: is not valid YAML: the character U+0007 may not stand here"),
-        ("train: &t\n  steps: *u\n", "tiny.yaml:2: is not valid YAML: found undefined alias 'u'"),
-        ("[" * 5000, "tiny.yaml: is not valid YAML: it is nested too deeply"),
+        (
+            "train:\n  steps: *u\n",
+            "tiny.yaml:2: is not valid YAML: anchors and aliases (&name, *name) are not used here",
+        ),
+        ("[" * 5000, "tiny.yaml:1: is not valid YAML: it is nested too deeply"),
+        ("train:\n  steps: " + "[" * 300 + "]" * 300, "tiny.yaml:2: is not valid YAML: it is nested too deeply"),
         ("train:\n  <<: {steps: 5}\n", "tiny.yaml:2: unknown key 'train.<<'"),
-        ("model: &m\n  rope_global: *m\n", "tiny.yaml:2: model.rope_global.rope_global: contains itself"),
-        ("model:\n  pattern: &p [G, *p]\n", "tiny.yaml:2: model.pattern: contains itself"),
+        ("model: &m\n  rope_global: *m\n", "tiny.yaml:1: is not valid YAML: anchors and aliases"),
+        (
+            "model:\n  pattern:\n" + "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40)),
+            "tiny.yaml:3: is not valid YAML: anchors and aliases (&name, *name) are not used here; put text",
+        ),
         ("? [a]\n: 5\n", "tiny.yaml:1: unknown key '?'"),
         ("3: 5\n", "tiny.yaml:1: unknown key '3'"),
         (

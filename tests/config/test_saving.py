@@ -65,6 +65,7 @@ def configs(draw: st.DrawFn) -> Config:
                 RopeConfig(scaling="yarn", factor=4, original_max_position_embeddings=4096, beta_fast=16),
                 RopeConfig(
                     scaling="longrope",
+                    factor=2,
                     original_max_position_embeddings=2048,
                     short_factor=factors,
                     long_factor=factors,

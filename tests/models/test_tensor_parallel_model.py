@@ -106,7 +106,8 @@ def _expected_traffic(config: ModelConfig, sequence_parallel: bool, recompute: s
     Every block enters tensor parallelism twice (before attention and MLP) and leaves it twice (after o_proj and
     down_proj). Without sequence parallelism leaving costs an all-reduce in forward and entering one in
     backward: 4 in a block. With it, entering gathers and leaving reduce-scatters, and backward the other way
-    round: 4 and 4 in a block, the same bytes; besides, norm weights and the biases after the sum are all-reduced.
+    round: 4 and 4 in a block, the same bytes, and the inputs kept as shards are gathered again; besides, norm
+    weights and the biases after the sum are all-reduced.
     Selective recomputation repeats no collective. Full repeats a block's forward up to the input of down_proj: its
     two gathers, and the collective after o_proj.
     """
@@ -116,7 +117,8 @@ def _expected_traffic(config: ModelConfig, sequence_parallel: bool, recompute: s
 
     def enter(label: str, forwards: int = 1) -> None:
         if sequence_parallel:
-            calls[label, "all_gather", residual] += forwards
+            again = label != "lm_head" and recompute != "full"  # in backward, for the weights' gradients
+            calls[label, "all_gather", residual] += forwards + again
             calls[label, "reduce_scatter", residual] += 1
         else:
             calls[label, "all_reduce", residual] += 1
@@ -130,14 +132,15 @@ def _expected_traffic(config: ModelConfig, sequence_parallel: bool, recompute: s
 
     leave("embed_tokens")
     for i, spec in enumerate(config.attention_specs()):
-        enter(f"layers.{i}.self_attn.{spec.kind}", forwards)
-        leave(f"layers.{i}.self_attn.o_proj", forwards)
+        attention = f"layers.{i}.self_attn.{spec.kind}"
+        enter(attention, forwards)
+        leave(attention, forwards)
         enter(f"layers.{i}.mlp", forwards)
-        leave(f"layers.{i}.mlp.down_proj")
+        leave(f"layers.{i}.mlp")
         if sequence_parallel and config.attention_bias:
-            calls[f"layers.{i}.self_attn.o_proj", "all_reduce", config.hidden_size * 4] += 1
+            calls[attention, "all_reduce", config.hidden_size * 4] += 1
         if sequence_parallel and config.mlp_bias:
-            calls[f"layers.{i}.mlp.down_proj", "all_reduce", config.hidden_size * 4] += 1
+            calls[f"layers.{i}.mlp", "all_reduce", config.hidden_size * 4] += 1
         if sequence_parallel:
             calls["norm", "all_reduce", config.hidden_size * 4] += 2
         if config.qk_norm:  # each rank has some of the heads

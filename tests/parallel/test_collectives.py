@@ -51,9 +51,6 @@ def _plain_collectives(group: Group) -> None:
         part = collectives.reduce_scatter(wide[me], group, dim=dim)
         assert torch.equal(part, sum(wide).chunk(P, dim)[me])
         _counted(group, "reduce_scatter", 1, B * S * E * P**3 * 8 * (P - 1) // P)
-    first = collectives.broadcast(values[me].clone(), group)
-    assert torch.equal(first, values[0])
-    _counted(group, "broadcast", 1, nbytes)
     assert collectives.gather_objects(("rank", me), group) == [("rank", rank) for rank in range(P)]
     _counted(group, "nothing", 0, 0)
     with pytest.raises(ValueError, match=f"size 7 is not divisible by {group.name} size {P}"):
@@ -110,7 +107,6 @@ def _groups_of_one_cost_nothing(group: Group) -> None:
     assert collectives.all_reduce(x, group) is x
     assert collectives.all_gather(x, group, dim=1) is x
     assert collectives.reduce_scatter(x, group, dim=1) is x
-    assert collectives.broadcast(x, group) is x
     assert collectives.reduce_gradient(x, group) is x
     for sequence_parallel in (False, True):
         assert collectives.enter_tensor_parallel(x, group, sequence_parallel=sequence_parallel) is x

@@ -61,3 +61,13 @@ def test_one_process_without_torch_distributed() -> None:
     assert gather_objects("x", mesh.world) == ["x"]
     with pytest.raises(ValueError, match=r"= 2 \* 3; start a multiple of 6 processes"):
         ParallelMesh.build(ParallelConfig(tensor=2, context=3))
+
+
+def _timeouts(seconds: float) -> list[float]:
+    mesh = ParallelMesh.build(ParallelConfig(tensor=2, timeout_s=seconds))
+    groups = (mesh.tp, mesh.dp, mesh.dp_cp)
+    return [g.process_group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+
+
+def test_every_group_waits_no_longer_than_configured() -> None:
+    assert run_distributed(_timeouts, 4, 45.0)[0] == [45.0] * 3

@@ -79,8 +79,9 @@ def _worker(function: Callable[..., Any], rank: int, world_size: int, folder: st
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    # torch and DeepSpeed warn about each other's deprecated calls; what is ours is tested with errors on.
-    warnings.simplefilter("ignore")
+    # As in the tests themselves; torch and DeepSpeed warn about each other's deprecated calls.
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed)(\.|$)")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     try:
         dist.init_process_group(

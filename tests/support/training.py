@@ -111,7 +111,7 @@ def run_steps(engine: TrainEngine, config: Config, steps: range) -> tuple[list[f
     losses, norms = [], []
     for step in steps:
         batches = step_batches(config, step, engine.mesh.dp.rank, engine.mesh.dp.size)
-        result = engine.train_step(batches, step, "random samples")
+        result = engine.train_step(batches, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms

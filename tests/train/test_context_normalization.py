@@ -64,7 +64,7 @@ def train_over_cp(configs: list[Config], cp: int) -> list[tuple[list[float], dic
         for step in range(STEPS):
             batches = step_batches(config, step, mesh.dp.rank, mesh.dp.size)
             batches = [batch.context_slice(mesh.cp.rank, mesh.cp.size) for batch in batches]
-            losses.append(engine.train_step(batches, step, "").loss)
+            losses.append(engine.train_step(batches, step).loss)
         results.append((losses, full_weights(engine.module, mesh.tp, engine.gathered)))
         engine.deepspeed.destroy()
     return results

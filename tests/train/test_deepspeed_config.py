@@ -12,6 +12,8 @@ import pytest
 
 from megazebra.config import Config, ConfigError, OptimizerConfig, ParallelConfig, TrainConfig
 from megazebra.train.deepspeed_config import (
+    _ONLY_DEFAULT,
+    _TUNABLE,
     deepspeed_config,
     effective_zero_stage,
     load_user_config,
@@ -46,6 +48,7 @@ def test_stage_precision_and_clipping(precision: str, stage: int, effective: int
     assert generated["gradient_clipping"] == clip
     assert generated["bf16"]["enabled"] == (precision == "bf16")
     assert generated["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert generated["communication_data_type"] == "fp32"
     assert "optimizer" not in generated
     assert "scheduler" not in generated
 
@@ -66,7 +69,7 @@ def test_batch_that_does_not_fit() -> None:
 def test_deepspeed_reads_every_key_as_meant() -> None:
     """The names are DeepSpeed's: a misspelled top-level key would be ignored without a word."""
     program = """
-import json, sys
+import json, sys, torch
 from deepspeed.runtime.config import DeepSpeedConfig
 given = json.loads(sys.argv[1])
 read = DeepSpeedConfig(given)
@@ -79,6 +82,7 @@ print(json.dumps({
     "fp16": {"enabled": read.float16_config.enabled},
     "torch_autocast": {"enabled": read.torch_autocast_enabled},
     "data_types": {"grad_accum_dtype": read.grad_accum_dtype},
+    "communication_data_type": {torch.float32: "fp32"}.get(read.communication_data_type),
     "gradient_clipping": read.gradient_clipping,
     "gradient_allreduce_op": read.gradient_allreduce_op,
     "prescale_gradients": read.prescale_gradients,
@@ -105,6 +109,9 @@ print(json.dumps({
         {"zero_optimization": {"stage": 0}},  # both sides mean the same: bf16 runs stage 0 as 1
         {"fp16": {"enabled": False}, "steps_per_print": "auto", "prescale_gradients": False},
         {"zero_optimization": {"reduce_bucket_size": "auto"}, "comms_logger": "auto", "optimizer": "auto"},
+        # DeepSpeed's defaults of what may not be changed
+        {"zero_optimization": {"zero_hpz_partition_size": 1, "zenflow": None, "compute_grad_norm": True}},
+        {"zero_optimization": {"mics_shard_size": -1}, "bf16": {"bf16_master_weights_and_grads": False}},
     ],
 )
 def test_agreement_leaves_ours(user: dict[str, Any]) -> None:
@@ -115,19 +122,113 @@ def test_agreement_leaves_ours(user: dict[str, Any]) -> None:
 def test_additions_are_merged_deep() -> None:
     generated = deepspeed_config(run(3), 1)
     user = {
-        "zero_optimization": {"overlap_comm": False, "zenflow": {"topk_ratio": 0.1, "select_interval": "auto"}},
+        "zero_optimization": {"overlap_comm": False, "stage3_prefetch_bucket_size": 5e7},
         "fp16": {"loss_scale": 0},
-        "comms_logger": {"enabled": True},
+        "comms_logger": {"enabled": True, "verbose": "auto"},
+        "steps_per_print": 5,
+        "wall_clock_breakdown": True,
     }
     merged = merge_user_config(generated, user, "ds.json")
     assert merged == {
         **generated,
-        "zero_optimization": {"stage": 3, "overlap_comm": False, "zenflow": {"topk_ratio": 0.1}},
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_prefetch_bucket_size": 5e7},
         "fp16": {"enabled": False, "loss_scale": 0},
         "comms_logger": {"enabled": True},
+        "steps_per_print": 5,
+        "wall_clock_breakdown": True,
     }
     assert generated == deepspeed_config(run(3), 1)  # left as it was
-    assert user["zero_optimization"]["zenflow"]["select_interval"] == "auto"  # type: ignore[index]
+    assert user["comms_logger"]["verbose"] == "auto"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("user", "problem"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "unknown or unsupported key 'zero_optimisation'; did you mean 'zero_optimization'?",
+        ),
+        ({"checkpoint": {"load_universal": True}}, "unknown or unsupported key 'checkpoint'; remove it"),
+        ({"compile": {"deepcompile": True}}, "unknown or unsupported key 'compile'; remove it"),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            "unknown or unsupported key 'zero_optimization.overlap_com'; "
+            "did you mean 'zero_optimization.overlap_comm'?",
+        ),
+        (
+            {"reduce_bucket_size": 5e8},
+            "unknown or unsupported key 'reduce_bucket_size'; did you mean 'zero_optimization.reduce_bucket_size'?",
+        ),
+        (
+            {"zero_optimization": {"leaf_module": {}}},
+            "unknown or unsupported key 'zero_optimization.leaf_module'; remove it",
+        ),
+        (
+            {"zero_optimization": {"stag": 1}},
+            "unknown or unsupported key 'zero_optimization.stag'; did you mean 'zero_optimization.stage'?",
+        ),
+        ({"data_types": {"param_dtype": "bf16"}}, "unknown or unsupported key 'data_types.param_dtype'; remove it"),
+    ],
+)
+def test_unknown_keys(user: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        merge_user_config(deepspeed_config(run(), 1), user, "ds.json")
+    assert caught.value.problems == [f"ds.json: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "default"),
+    [
+        ("zero_optimization", "zero_hpz_partition_size", 2, "1"),
+        ("zero_optimization", "mics_shard_size", 2, "-1"),
+        ("zero_optimization", "mics_hierarchical_params_gather", True, "false"),
+        ("zero_optimization", "zero_quantized_weights", True, "false"),
+        ("zero_optimization", "zero_quantized_gradients", True, "false"),
+        ("zero_optimization", "zero_quantized_nontrainable_weights", True, "false"),
+        ("zero_optimization", "zenflow", {"topk_ratio": 0.1}, "null"),
+        ("zero_optimization", "compute_grad_norm", False, "true"),
+        ("zero_optimization", "elastic_checkpoint", True, "false"),
+        ("zero_optimization", "parameter_alignment", True, "false"),
+        ("bf16", "bf16_master_weights_and_grads", True, "false"),
+    ],
+)
+def test_what_our_engine_and_checkpoints_rely_on(section: str, key: str, value: Any, default: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        merge_user_config(deepspeed_config(run(), 1), {section: {key: value}}, "ds.json")
+    assert caught.value.problems == [
+        f"{section}.{key}: ds.json says {json.dumps(value)}, but MegaZebra relies on {default}; remove it from ds.json"
+    ]
+
+
+def test_the_keys_a_user_may_set_are_deepspeeds() -> None:
+    """And what may only be set to DeepSpeed's default has that default."""
+    program = """
+import json
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def defaults(model):
+    return {field.alias or name: field.get_default() for name, field in model.model_fields.items()}
+read = DeepSpeedConfig({"train_batch_size": 1, "steps_per_print": 7, "dump_state": True, "memory_breakdown": True,
+    "wall_clock_breakdown": True, "log_level": "error", "disable_python_gc": True, "aio": {"queue_depth": 3},
+    "comms_logger": {"verbose": True}, "flops_profiler": {"top_modules": 3},
+    "timers": {"throughput": {"enabled": False}}})
+assert (read.steps_per_print, read.dump_state, read.memory_breakdown, read.wall_clock_breakdown, read.log_level,
+    read.disable_python_gc, read.aio_config["queue_depth"], read.comms_config.comms_logger.verbose,
+    read.flops_profiler_config.top_modules, read.timers_config.enabled
+) == (7, True, True, True, "error", True, 3, True, 3, False)
+print(json.dumps({"zero_optimization": defaults(DeepSpeedZeroConfig), "bf16": defaults(DeepSpeedBF16Config)},
+    default=str))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    for key in _TUNABLE:
+        section, _, name = key.rpartition(".")
+        assert not section or name in theirs[section], key
+    for key, default in _ONLY_DEFAULT.items():
+        section, _, name = key.rpartition(".")
+        assert name.startswith("mics_") or theirs[section][name] == default, key  # MiCS left DeepSpeed in 0.19
 
 
 @pytest.mark.parametrize(
@@ -217,10 +318,11 @@ def test_all_conflicts_at_once() -> None:
         "zero_optimization": {"stage": 3},
         "scheduler": {},
         "tensor_parallel": {"autotp_size": 2},
+        "zero_optimisation": {},
     }
     with pytest.raises(ConfigError) as caught:
         merge_user_config(deepspeed_config(run(), 1), user, "ds.json")
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 5
 
 
 def test_user_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megazebra.config import Config
 from megazebra.train.console import Console
 from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
 from megazebra.train.plot import plot_loss
-from megazebra.train.trackers import open_trackers
+from megazebra.train.trackers import Trackers, check_trackers
 
 ROW = {
     "kind": "train", "step": 1, "tokens": 64, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.5,
@@ -91,14 +93,46 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
     assert peak_memory_bytes(torch.device("cpu")) >= held.nbytes
 
 
-@pytest.mark.parametrize(("key", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_an_absent_tracker_names_its_extra(
-    key: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megazebra.config import Config
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_an_absent_tracker_names_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    value: object = True if package == "tensorboard" else {"enabled": True}
+    config = Config.model_validate({"logging": {package: value}})
+    with pytest.raises(ValueError, match=rf"logging.{package}.*pip install 'megazebra\[{package}\]'"):
+        check_trackers(config)
+    check_trackers(Config())
 
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    value = True if key == "tensorboard" else {"enabled": True}
-    config = Config.model_validate({"run": {"dir": str(tmp_path)}, "logging": {key: value}})
-    with pytest.raises(ValueError, match=rf"logging.{key}.*pip install 'megazebra\[{key}\]'"):
-        open_trackers(config)
+
+def test_a_tracker_that_fails_is_dropped_and_training_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        def log(self, row: dict[str, object]) -> None:
+            raise ConnectionError("no route")
+
+        close = log
+
+    seen: list[object] = []
+
+    class Working:
+        def log(self, row: dict[str, object]) -> None:
+            seen.append(row["step"])
+
+        def close(self) -> None: ...
+
+    trackers = Trackers([Failing(), Working()])
+    trackers.log(ROW)
+    trackers.log({**ROW, "step": 2})
+    assert seen == [1, 2]
+    assert capsys.readouterr().out == "Failing is switched off after ConnectionError: no route\n"
+
+
+class FullDisk:
+    def write(self, line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.close()
+    monkeypatch.setattr(metrics, "_file", FullDisk())
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        metrics.write(ROW)
