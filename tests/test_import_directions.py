@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "megazebra"
 # The longest name that fits decides.
 TIERS: list[list[str]] = [
     ["megazebra"],  # the version
-    ["pattern", "labels", "errors"],
+    ["pattern", "labels", "errors", "durable"],
     ["launch"],
     ["config"],
     ["parallel", "attention", "data"],
@@ -34,7 +34,17 @@ ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
     "train.schedule": {"megazebra", "config", "train"},
     "train.deepspeed_config": {"megazebra", "config", "train"},
 }
-WITHOUT_TORCH = ["pattern", "labels", "errors", "launch", "config", "plan", "train.schedule", "train.deepspeed_config"]
+WITHOUT_TORCH = [
+    "pattern",
+    "labels",
+    "errors",
+    "durable",
+    "launch",
+    "config",
+    "plan",
+    "train.schedule",
+    "train.deepspeed_config",
+]
 KNOW_DEEPSPEED = {"train.engine", "checkpoint.fragments"}
 
 

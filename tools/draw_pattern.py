@@ -6,7 +6,7 @@ python tools/draw_pattern.py --pattern GLLL --window 8 --documents 32 --output d
 from __future__ import annotations
 
 import argparse
-import os
+import io
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +15,7 @@ import torch
 from megazebra.attention.packing import Packing
 from megazebra.attention.reference import visible
 from megazebra.config.schema import ModelConfig
+from megazebra.durable import write_atomically
 from megazebra.plan.flops import attention_pairs
 
 COLORS = {"global": "#1f3a5f", "local": "#c8553d"}
@@ -51,9 +52,9 @@ def draw(pattern: str, window: int, documents: list[int], output: Path) -> None:
         axes.set(xticks=[], yticks=[])
     row[0][0].set_ylabel("query", fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".writing")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, output)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_atomically(output, picture.getvalue())
 
 
 if __name__ == "__main__":

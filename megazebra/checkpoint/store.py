@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megazebra.durable import partial_path, sync_folder, write_atomically
 from megazebra.errors import UserError
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import Group
@@ -64,7 +65,7 @@ class CheckpointStore:
         Raises CheckpointError on every rank when any rank failed; nothing half-written is left.
         """
         final = self.folder / f"step_{step:08d}"
-        temporary = final.with_name(final.name + ".writing")
+        temporary = partial_path(final)
 
         def prepare() -> None:
             if self.world.rank == 0:
@@ -88,14 +89,13 @@ class CheckpointStore:
         if self.world.rank != 0:
             return
         merged = {name: entry for part in files for name, entry in part.items()}
-        write_durably(
-            temporary / "index.json", json.dumps({"format": FORMAT_VERSION, **index, "files": merged}, indent=1)
-        )
+        content = json.dumps({"format": FORMAT_VERSION, **index, "files": merged}, indent=1)
+        write_atomically(temporary / "index.json", content.encode())
         if final.exists():  # an earlier attempt at the same step, of a run that then went back
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _sync_folder(self.folder)
-        write_durably(self.folder / "latest", final.name + "\n")
+        sync_folder(self.folder)
+        write_atomically(self.folder / "latest", f"{final.name}\n".encode())
         # Later steps than this one belong to a future the user has gone back from: not ours to delete.
         past = sorted(path for path in self.folder.glob("step_????????") if path.name <= final.name)
         for old in past[: -self.keep_last]:
@@ -157,21 +157,6 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
     return path
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole, after a power cut too, or not at all."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def _describe(path: Path) -> dict[str, int]:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -184,11 +169,3 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(_CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)
     return crc
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

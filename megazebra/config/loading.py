@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from megazebra.config.checks import cross_problems
 from megazebra.config.errors import ConfigError
 from megazebra.config.schema import Config, Section
 from megazebra.config.yaml_source import Setting, read_override, read_settings, shown, to_yaml
+from megazebra.durable import write_atomically
 
 # Where the type alone says too little.
 _FORMS = {"model.pattern": "a string to tile, such as GLLL, or a list of every layer, such as [G, 128, L]"}
@@ -82,16 +82,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
     A reader sees the old file or the whole new one. Raises OSError when the folder is missing or not writable.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join(_yaml_lines(config, "")) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, ("\n".join(_yaml_lines(config, "")) + "\n").encode())
 
 
 def _read_file(path: Path) -> list[Setting]:

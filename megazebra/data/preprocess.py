@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from megazebra.data.corpus_writer import SUFFIXES, CorpusWriter
 from megazebra.data.errors import CorpusError
-from megazebra.data.files import sync_folder
 from megazebra.data.indexed_corpus import Corpus
 from megazebra.data.sidecar import CorpusMeta
 from megazebra.data.text_files import (
@@ -35,6 +34,7 @@ from megazebra.data.tokenizer import (
     vocab_size,
 )
 from megazebra.data.unigram import unigram_cross_entropy
+from megazebra.durable import sync_folder
 
 # Merges learned from more text than this hardly differ; learning them takes memory and time in proportion.
 TOKENIZER_TEXT_BYTES = 32 * 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.files import write_atomically
+from megazebra.durable import write_atomically
 
 EOD_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and EOD

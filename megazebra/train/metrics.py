@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from megazebra.durable import write_atomically
 
 Row = dict[str, Any]
 
@@ -40,12 +41,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         self.path = path
         rows = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
-        temporary = path.with_name(path.name + ".writing")
-        with temporary.open("w") as file:
-            file.writelines(_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, "".join(_line(row) for row in rows).encode())
         self._file: TextIO = path.open("a")
 
     def write(self, row: Row) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from megazebra.durable import write_atomically
 from megazebra.train.metrics import read_metrics
 
 
@@ -33,10 +34,10 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = target.with_name(target.name + ".writing")
-    figure.savefig(temporary, dpi=130, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
-    os.replace(temporary, target)
+    write_atomically(target, picture.getvalue())
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -60,7 +60,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_a_leftover_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     save_many(store, [5])
-    leftover = tmp_path / "step_00000010.writing"
+    leftover = tmp_path / "step_00000010.partial"
     leftover.mkdir()
     (leftover / "rank_0.bin").write_bytes(b"half")
     assert store.latest() == tmp_path / "step_00000005"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, synced, renamed."""
+"""Files that appear whole or not at all: written under a temporary name, synced, renamed. Imports no torch."""
 
 from __future__ import annotations
 
