@@ -18,6 +18,7 @@ def train(session: Session) -> None:
     try:
         progress = _train(session)
     finally:  # what was measured is kept and drawn, however the run ends
+        session.loader.close()
         if session.reporter is not None:
             session.reporter.close()
     if session.reporter is not None:
@@ -38,8 +39,15 @@ def _train(session: Session) -> Progress:
         )
         seconds = time.perf_counter() - started
         if session.reporter is not None:
-            flops = device_flops(batches, session)
-            session.reporter.step(progress, result, seconds, flops, mesh.traffic, samples)
+            session.reporter.step(
+                progress,
+                result,
+                seconds=seconds,
+                data_wait_s=session.loader.wait_s,
+                device_flops=device_flops(batches, session),
+                traffic=mesh.traffic,
+                samples=samples,
+            )
         if result.skipped is not None:
             engine.guard.check(result.skipped, samples)
         if session.validation is not None and _due(progress.step, config.validation.interval, steps):

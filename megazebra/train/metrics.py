@@ -7,6 +7,7 @@ Training rows (`"kind": "train"`), one per step:
     grad_norm         global gradient norm before clipping
     lr                learning rate of the update
     step_time_s       wall time of the step, data included; reporting, validation and saving are not
+    data_wait_s       share of it that rank 0 waited for the next batch
     tokens_per_s      tokens of the global batch / step_time_s
     flops_per_s       model operations of one device / step_time_s (megazebra/plan/flops.py says what counts)
     mfu               flops_per_s / peak of the device; null where the peak is not known

@@ -45,9 +45,17 @@ class Reporter:
         self.console.message(text)
 
     def step(
-        self, progress: Progress, result: StepResult, seconds: float, device_flops: float, traffic: TrafficCounter,
+        self,
+        progress: Progress,
+        result: StepResult,
+        *,
+        seconds: float,
+        data_wait_s: float,
+        device_flops: float,
+        traffic: TrafficCounter,
         samples: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """Record a step; `metrics.py` says what the fields mean."""
         tokens = self.config.train.global_batch_size * self.config.data.seq_len
         row: dict[str, Any] = {
             "kind": "train",
@@ -57,6 +65,7 @@ class Reporter:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_time_s": seconds,
+            "data_wait_s": data_wait_s,
             "tokens_per_s": tokens / seconds,
             "flops_per_s": device_flops / seconds,
             "mfu": device_flops / seconds / self.peak if self.peak else None,

@@ -17,6 +17,7 @@ from megazebra.config import Config, save_config
 from megazebra.data.batch import MicroBatch
 from megazebra.data.indexed_corpus import Corpus
 from megazebra.data.loader import StepLoader, validation_batches
+from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.samples import CorpusSamples
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.parallel.mesh import ParallelMesh
@@ -35,7 +36,7 @@ class Session:
     device: torch.device
     mesh: ParallelMesh
     engine: TrainEngine
-    loader: StepLoader
+    loader: PrefetchingLoader
     validation: Callable[[], list[MicroBatch]] | None
     checkpoints: Checkpoints
     progress: Progress
@@ -61,13 +62,15 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     engine = TrainEngine(config, mesh, device, deepspeed_config, lambda: build_model(config, mesh, runtime), forward)
     checkpoints = Checkpoints(config, engine, train_corpus.fingerprint)
     progress = checkpoints.resume()
-    loader = StepLoader(
-        samples,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
-        document_mask=config.data.document_mask,
+    loader = PrefetchingLoader(
+        StepLoader(
+            samples,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+            document_mask=config.data.document_mask,
+        )
     )
     reporter = None
     if mesh.world.rank == 0:

@@ -120,7 +120,7 @@ def test_the_run_folder_holds_everything(finished_run: tuple[Path, str]) -> None
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     documented = {
         "step", "tokens", "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "flops_per_s", "mfu",
-        "comm_bytes", "peak_memory_bytes",
+        "comm_bytes", "peak_memory_bytes", "data_wait_s",
     }  # fmt: skip
     assert all(documented <= row.keys() for row in rows)
     assert rows[-1]["tokens"] == STEPS * 4 * 64
