@@ -1,51 +1,45 @@
 # make demo   set up, then train a small model on real text with two processes (minutes on a laptop)
 # make test   set up, then run the tests
 # make check  lint, types and the tests: before every commit
-# make test-slow  the long suites
 
 PYTHON ?= python3
-VENV ?= .venv
 # `cpu` pins a CPU build of torch; on a GPU machine: make EXTRAS= demo (an empty value takes the newest torch).
 EXTRAS ?= cpu
+# Another set-up is another environment: .venv for cpu, .venv-newest for an empty value.
+VENV ?= .venv$(addprefix -,$(filter-out cpu,$(or $(EXTRAS),newest)))
 BIN := $(VENV)/bin
 
 comma := ,
 runtime := .$(if $(EXTRAS),[$(EXTRAS)])
 development := .[$(if $(EXTRAS),$(EXTRAS)$(comma))dev]
 
-# A set-up with other extras is another set-up.
-installed := $(VENV)/.installed-$(or $(EXTRAS),newest)
-
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check test-slow
+.PHONY: demo test check
 .DELETE_ON_ERROR:
 
-demo: $(installed)
+demo: $(VENV)/.installed
 	$(BIN)/python tools/preprocess_data.py --input stdlib --glob '*.py' --output data/stdlib --train-tokenizer 4096
 	$(if $(filter cpu,$(EXTRAS)),DS_ACCELERATOR=cpu) $(BIN)/deepspeed --log_level error --num_gpus 2 --master_port $(shell shuf -i 20000-39999 -n 1) pretrain_zebra.py --config examples/tiny_cpu.yaml --run.dir=$(RUN_DIR)
 
-test: $(installed)-dev
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-check: $(installed)-dev
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-test-slow: $(installed)-dev
-	$(BIN)/python -m pytest -m slow --timeout 1800
-
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && false)
 
-$(installed): pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the rest into $(VENV) (about 1 GB; a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(runtime)'
 	touch $@
 
-$(installed)-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the development tools into $(VENV) (a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(development)'
-	touch $@ $(installed)
+	touch $@ $(VENV)/.installed

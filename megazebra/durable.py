@@ -24,10 +24,13 @@ def sync_folder(folder: str | Path) -> None:
 
 def write_synced(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

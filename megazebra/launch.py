@@ -61,7 +61,13 @@ def _free_port() -> int:
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    names = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodelist} cannot be taken apart ({error}); export MASTER_ADDR=<the first host>"
+        ) from error
     return names.stdout.split()[0]
 
 
@@ -100,9 +106,10 @@ def readable_errors() -> Iterator[None]:
 def _is_users(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return True
-    if isinstance(error, ValueError):  # one that torch or numpy raises is a defect of ours
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        return Path(raised_in).is_relative_to(Path(__file__).parent)
+    if isinstance(error, ValueError):  # one that Python, numpy or torch raises is a defect of ours
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        on_purpose = (where.line or "").startswith("raise ")  # compiled functions have no frame of their own
+        return on_purpose and Path(where.filename).is_relative_to(Path(__file__).parent)
     return isinstance(error, OSError) and error.filename is not None
 
 

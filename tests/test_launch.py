@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megazebra import launch
+from megazebra.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -57,6 +58,15 @@ def test_an_srun_task_takes_slurms_names(bare: pytest.MonkeyPatch, tmp_path: Pat
     assert os.environ["MASTER_PORT"] == "23456"
 
 
+def test_srun_without_scontrol_says_what_to_set(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bare.setenv("PATH", str(tmp_path))
+    for name, value in {"PROCID": "0", "STEP_NUM_TASKS": "2", "LOCALID": "0", "STEP_TASKS_PER_NODE": "2", "JOB_ID": "1",
+                        "STEP_NODELIST": "n[1-2]"}.items():  # fmt: skip
+        bare.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=n\[1-2\].*export MASTER_ADDR"):
+        launch.complete_environment()
+
+
 def end(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     imports = "from megazebra.errors import UserError\nfrom megazebra.launch import readable_errors\n"
     code = f"{imports}with readable_errors():\n    {body}\n"
@@ -77,7 +87,7 @@ def test_another_rank_says_who_it_is_after_rank_0_had_its_time() -> None:
     assert result.stderr == "rank 5: error: data.path: not on this node\n"
 
 
-@pytest.mark.parametrize("body", ["raise KeyError('bug')", "__import__('numpy').zeros(-1)"])
+@pytest.mark.parametrize("body", ["raise KeyError('bug')", "__import__('numpy').zeros(-1)", "int('x')"])
 def test_a_bug_shows_its_traceback(body: str) -> None:
     """A ValueError that another library raises is a defect of ours, not a message for the user."""
     result = end(body)

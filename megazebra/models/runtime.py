@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megazebra.attention.backend import BackendChoice
 from megazebra.parallel.mesh import Group
-from megazebra.parallel.regather import Regather, column_input
+from megazebra.parallel.regather import ColumnInput, column_input
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelRuntime:
     recompute: Literal["none", "selective", "full"] = "none"
     loss_chunk: int = 1024
 
-    def enter(self, x_BSE: Tensor, tp: Group, label: str) -> tuple[Tensor, Regather | None]:
+    def enter(self, x_BSE: Tensor, tp: Group, label: str) -> ColumnInput:
         """The input of a block's column-parallel layers, as `column_input` gives it under these choices."""
         # A recomputed block holds the gathered input for the moment of its own backward only.
         return column_input(

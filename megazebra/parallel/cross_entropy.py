@@ -125,12 +125,14 @@ class VocabParallelHead(nn.Module):
         if labels_BS is None:
             return self._logits(hidden_BSE)
         hidden_NE, labels_N = hidden_BSE.flatten(0, 1), labels_BS.flatten()
-        if reduction == "sum":
+        if reduction == "sum" and torch.is_grad_enabled():
             return _SummedLoss.apply(hidden_NE, self.weight, labels_N, self)
         with torch.no_grad():
             losses = [
                 _Chunk(hidden_NE[rows], self.weight, labels_N[rows], self).loss_C for rows in self.chunks(len(labels_N))
             ]
+        if reduction == "sum":
+            return torch.stack([loss_C.sum() for loss_C in losses]).sum()
         return torch.cat(losses).view_as(labels_BS)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:

@@ -25,8 +25,8 @@ def split_evenly(size: int, tp: Group, what: str) -> int:
 class ColumnParallelLinear(nn.Module):
     """Y_r = X W_r^T + b_r: each rank has a slice of the output features.
 
-    Input and regather come from `column_input`, once for all column-parallel layers that share them; the
-    input [B, S, in] is whole, the output [B, S, out/tp].
+    The input comes from `column_input`, once for all column-parallel layers that share it, and is whole:
+    [B, S, in]; the output is [B, S, out/tp].
     Raises ValueError when `out_features` is not divisible by tp.
     """
 
@@ -39,10 +39,10 @@ class ColumnParallelLinear(nn.Module):
         if self.bias is not None:
             mark_sharded(self.bias, dim=0, full_size=out_features)
 
-    def forward(self, x_BSE: Tensor, regather: Regather | None = None) -> Tensor:
+    def forward(self, x_BSE: Tensor, shard_BSE: Tensor | None = None, regather: Regather | None = None) -> Tensor:
         if regather is None:
             return F.linear(x_BSE, self.weight, self.bias)
-        return LinearWithRegather.apply(x_BSE, self.weight, self.bias, regather)
+        return LinearWithRegather.apply(x_BSE, self.weight, self.bias, shard_BSE, regather)
 
 
 class RowParallelLinear(nn.Module):

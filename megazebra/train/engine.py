@@ -201,6 +201,7 @@ class TrainEngine:
             loss = self.forward(self.deepspeed, batch)
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
+            del loss  # its graph must be gone before the next forward pass builds one
             if batch is not micro_batches[-1]:
                 self.deepspeed.step()  # counts the micro-batch; the last one updates
         self._verdict = _UNDECIDED

@@ -17,12 +17,14 @@ def train(session: Session) -> None:
     """
     try:
         progress = _train(session)
-    finally:  # what was measured is kept and drawn, however the run ends
-        session.loader.close()
+    except BaseException:
         if session.reporter is not None:
-            session.reporter.close()
+            session.reporter.abandon()
+        raise
+    finally:
+        session.loader.close()
     if session.reporter is not None:
-        session.reporter.summarize(progress, session.engine.guard.total_skips)
+        session.reporter.finish(progress, session.engine.guard.total_skips)
 
 
 def _train(session: Session) -> Progress:

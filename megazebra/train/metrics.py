@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,7 +54,8 @@ class MetricsFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every row was flushed: what a full disk refused was reported then
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from megazebra.durable import write_atomically
@@ -33,7 +34,8 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
@@ -43,4 +45,6 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
 def _running_mean(values: Sequence[float]) -> list[float]:
     """Mean of the last twentieth of the run at every step."""
     width = max(1, len(values) // 20)
-    return [sum(part) / len(part) for end in range(1, len(values) + 1) if (part := values[max(0, end - width) : end])]
+    sums = [0.0, *accumulate(values)]
+    starts = [max(0, end - width) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]

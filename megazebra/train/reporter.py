@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,20 @@ class Reporter:
     def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
         self.message(f"step {step}: checkpoint {folder} ({seconds:.1f} s)")
 
-    def close(self) -> None:
-        """Finish every record and draw the plot."""
+    def finish(self, progress: Progress, skips: int) -> None:
+        """Close every record of a run that has reached its end, draw the plot and print how it went."""
         self.console.close()
         self.metrics.close()
         self.trackers.close()
         plot_loss(self.metrics.path, self.folder / "loss.png", self.unigram)
-
-    def summarize(self, progress: Progress, skips: int) -> None:
-        """Print how a run that has reached its end went."""
         print("\n".join(self._summary(progress, skips)), flush=True)
+
+    def abandon(self) -> None:
+        """Close the records of a run that ends in an error, quickly: the error's own message is waiting."""
+        with suppress(Exception):
+            self.console.close()
+            self.metrics.close()
+            self.trackers.close(failed=True)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.metrics.write(row)

@@ -101,8 +101,13 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        # Where Slurm gives each task a GPU of its own, every task sees one device and has another local rank.
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        local_rank, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if visible == 1:  # Slurm can give each task a GPU of its own, which is then the only one it sees
+            local_rank = 0
+        if local_rank >= visible:
+            raise ValueError(f"local rank {local_rank} has no GPU: {visible} are visible; start one process per GPU")
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it for itself
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
     if "OMP_NUM_THREADS" not in os.environ:

@@ -18,7 +18,7 @@ _INIT_TIMEOUT_S = 20
 class Tracker(Protocol):
     def log(self, row: Row) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -33,7 +33,7 @@ class TensorBoard:
         for name, value in _numbers(row).items():
             self.writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -66,8 +66,8 @@ class Wandb:
     def log(self, row: Row) -> None:
         self.run.log({f"{row['kind']}/{name}": value for name, value in _numbers(row).items()}, step=row["step"])
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 class Trackers:
@@ -79,8 +79,8 @@ class Trackers:
     def log(self, row: Row) -> None:
         self._each(lambda tracker: tracker.log(row))
 
-    def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
+    def close(self, failed: bool = False) -> None:
+        self._each(lambda tracker: tracker.close(failed))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):

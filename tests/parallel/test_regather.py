@@ -47,6 +47,7 @@ def compare(bias: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert B * S * E in sizes_whole
     assert B * S * E not in sizes_shard
+    assert B * S * E // 2 in sizes_shard, "the shard is kept where autograd frees it"
     assert (gathers_whole, gathers_shard) == (1, 2), "once more in backward, for all three layers together"
 
 
@@ -59,9 +60,9 @@ def evaluate() -> None:
     mesh = ParallelMesh.build(ParallelConfig(tensor=2))
     x = torch.randn(B, S // 2, E)
     with torch.no_grad():
-        whole, regather = column_input(x, mesh.tp, sequence_parallel=True, keep_gathered=False, label="test")
-    assert whole.shape == (B, S, E)
-    assert regather is None, "nothing is kept where there is no backward"
+        entered = column_input(x, mesh.tp, sequence_parallel=True, keep_gathered=False, label="test")
+    assert entered.x_BSE.shape == (B, S, E)
+    assert entered.regather is None, "nothing is kept where there is no backward"
 
 
 def test_without_gradients_nothing_is_kept() -> None:

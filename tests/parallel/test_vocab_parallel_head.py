@@ -11,6 +11,7 @@ from support.distributed import run_distributed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from megazebra.config import ParallelConfig
 from megazebra.labels import IGNORE_INDEX
@@ -238,3 +239,15 @@ def test_padding_of_every_rank(vocab_size: int, ranks: int, padding: list[int]) 
     heads = [VocabParallelHead(vocab_size, 8, Group("tp", tuple(range(ranks)), r), chunk=1) for r in range(ranks)]
     assert [head.padding for head in heads] == padding
     assert sum(len(head.weight) - head.padding for head in heads) == vocab_size
+
+
+def test_validation_makes_one_product_and_the_same_loss() -> None:
+    """Without gradients the head must not form any: one matrix product of N x E x V a pass, and no more."""
+    torch.manual_seed(0)
+    head = VocabParallelHead(23, 8, ParallelMesh.build(ParallelConfig()).tp, chunk=5)
+    torch.nn.init.normal_(head.weight)
+    hidden, labels = torch.randn(2, 9, 8), torch.randint(0, 23, (2, 9))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        without_gradient = head(hidden, labels)
+    assert counter.get_total_flops() == 2 * 18 * 8 * 23
+    assert without_gradient.equal(head(hidden, labels).detach())

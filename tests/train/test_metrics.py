@@ -108,7 +108,8 @@ def test_a_tracker_that_fails_is_dropped_and_training_goes_on(capsys: pytest.Cap
         def log(self, row: dict[str, object]) -> None:
             raise ConnectionError("no route")
 
-        close = log
+        def close(self, failed: bool) -> None:
+            raise AssertionError("a dropped tracker is not asked again")
 
     seen: list[object] = []
 
@@ -116,11 +117,12 @@ def test_a_tracker_that_fails_is_dropped_and_training_goes_on(capsys: pytest.Cap
         def log(self, row: dict[str, object]) -> None:
             seen.append(row["step"])
 
-        def close(self) -> None: ...
+        def close(self, failed: bool) -> None: ...
 
     trackers = Trackers([Failing(), Working()])
     trackers.log(ROW)
     trackers.log({**ROW, "step": 2})
+    trackers.close()
     assert seen == [1, 2]
     assert capsys.readouterr().out == "Failing is switched off after ConnectionError: no route\n"
 
