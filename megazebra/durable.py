@@ -30,7 +30,7 @@ def write_synced(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a full disk does not say which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
