@@ -42,7 +42,7 @@ def complete_environment() -> None:
             MASTER_PORT=str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
         )
         if "MASTER_ADDR" not in os.environ:
-            _set_missing(MASTER_ADDR=_first_slurm_host(os.environ["SLURM_STEP_NODELIST"]))
+            os.environ["MASTER_ADDR"] = _first_slurm_host(os.environ["SLURM_STEP_NODELIST"])
     _set_missing(
         RANK="0",
         WORLD_SIZE="1",

@@ -107,12 +107,14 @@ class CheckpointStore:
         Raises CheckpointError on every rank when any rank's part is damaged or does not fit.
         """
 
-        def read() -> dict[str, Any]:
-            index = read_index(folder)
-            read_files(folder, index)
-            return index
+        index: dict[str, Any] = {}
 
-        return self._together(f"cannot resume from {folder}", read)[0]
+        def read() -> None:
+            index.update(read_index(folder))  # every rank has read it: only the outcome needs to travel
+            read_files(folder, index)
+
+        self._together(f"cannot resume from {folder}", read)
+        return index
 
     def _together(self, what: str, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of `action`, or the first rank's error on all ranks."""

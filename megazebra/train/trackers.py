@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megazebra.config.schema import Config
+from megazebra.durable import write_atomically
 
 Row = dict[str, Any]
 _INIT_TIMEOUT_S = 20
@@ -46,7 +47,7 @@ class Wandb:
         folder = Path(config.run.dir)
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
+            write_atomically(id_file, uuid.uuid4().hex[:12].encode())
         options: dict[str, Any] = {
             "project": config.logging.wandb.project,
             "name": config.logging.wandb.name or folder.name,
