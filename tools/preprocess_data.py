@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from megazebra.data.corpus.sidecar import CorpusMeta
 from megazebra.data.errors import CorpusError
-from megazebra.data.preprocess import Preprocessing, Report, preprocess
-from megazebra.data.sidecar import CorpusMeta
-from megazebra.data.tokenizer import EOD_TOKEN
+from megazebra.data.prepare.preprocess import Preprocessing, Report, preprocess
+from megazebra.data.prepare.tokenizer import EOD_TOKEN
 
 SECONDS_PER_LINE = 5.0
 

@@ -1,5 +1,5 @@
-"""From text to micro-batches: corpora in Megatron's format, the order of samples, the loader.
+"""From text to micro-batches.
 
-text_files, tokenizer and preprocess make a corpus; indexed_corpus reads it; order says which tokens are sample i;
-samples, batch and loader hand them to a rank. Only batch and loader import torch.
+prepare makes a corpus; corpus writes and reads it; index says which tokens are sample i; samples, batch, loader and
+prefetch hand them to a rank. Only batch, loader and prefetch import torch.
 """

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megazebra.data.indexed_corpus import Corpus
-from megazebra.data.order import SampleOrder
+from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.index.order import SampleOrder
 
 
 @dataclass(frozen=True)

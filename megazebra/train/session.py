@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint
 from megazebra.config import Config, save_config
 from megazebra.data.batch import MicroBatch
-from megazebra.data.indexed_corpus import Corpus
+from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.samples import CorpusSamples

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megazebra.data.batch import collate
-from megazebra.data.corpus_writer import CorpusWriter
+from megazebra.data.corpus.corpus_writer import CorpusWriter
+from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.indexed_corpus import Corpus
 from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.samples import CorpusSamples, Sample
 from megazebra.labels import IGNORE_INDEX

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megazebra.data.corpus.index_format import LONGEST_SEQUENCE, TOKEN_CODES, IndexArrays, pack_index, token_dtype
+from megazebra.data.corpus.sidecar import BlockChecksums, CorpusMeta
 from megazebra.data.errors import CorpusError
-from megazebra.data.index_format import LONGEST_SEQUENCE, TOKEN_CODES, IndexArrays, pack_index, token_dtype
-from megazebra.data.sidecar import BlockChecksums, CorpusMeta
-from megazebra.data.unigram import unigram_entropy
+from megazebra.data.prepare.unigram import unigram_entropy
 from megazebra.durable import partial_path, sync_folder, write_synced
 
 # Publishing order: whoever sees .idx sees a complete corpus.

@@ -12,11 +12,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megazebra.data.corpus_writer import SUFFIXES, CorpusWriter
+from megazebra.data.corpus.corpus_writer import SUFFIXES, CorpusWriter
+from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.corpus.sidecar import CorpusMeta
 from megazebra.data.errors import CorpusError
-from megazebra.data.indexed_corpus import Corpus
-from megazebra.data.sidecar import CorpusMeta
-from megazebra.data.text_files import (
+from megazebra.data.prepare.text_files import (
     TextFile,
     gather_text_files,
     manifest_fingerprint,
@@ -24,7 +24,7 @@ from megazebra.data.text_files import (
     read_text,
     split_files,
 )
-from megazebra.data.tokenizer import (
+from megazebra.data.prepare.tokenizer import (
     EOD_TOKEN,
     eod_id,
     load_tokenizer,
@@ -33,7 +33,7 @@ from megazebra.data.tokenizer import (
     train_byte_level_bpe,
     vocab_size,
 )
-from megazebra.data.unigram import unigram_cross_entropy
+from megazebra.data.prepare.unigram import unigram_cross_entropy
 from megazebra.durable import sync_folder
 
 # Merges learned from more text than this hardly differ; learning them takes memory and time in proportion.

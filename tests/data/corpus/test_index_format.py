@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megazebra.data.corpus_writer import CorpusWriter
+from megazebra.data.corpus.corpus_writer import CorpusWriter
+from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.indexed_corpus import Corpus
 
 DOCUMENTS = [[5, 6, 7], [], [8], [], [9, 10], []]
 

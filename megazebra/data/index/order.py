@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.permutation import KeyedPermutation
+from megazebra.data.index.permutation import KeyedPermutation
 
 BLOCK_DOCUMENTS = 1024
 CACHED_EPOCHS = 2

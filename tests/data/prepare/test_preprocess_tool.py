@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megazebra.data import preprocess as preprocess_module
-from megazebra.data.indexed_corpus import Corpus
-from megazebra.data.tokenizer import load_tokenizer
+from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.prepare import preprocess as preprocess_module
+from megazebra.data.prepare.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "preprocess_data.py"
 FILES = 40
 
@@ -255,7 +255,7 @@ def test_killed_build_shows_no_corpus_and_the_next_one_succeeds(source, tmp_path
     """SIGKILL once the first temporary file is there; nothing cleans up, and nothing has to."""
     command = [sys.executable, str(TOOL), "--input", str(source), "--output", str(tmp_path / "out")]
     command += ["--train-tokenizer", "300", "--validation-share", "0.2"]
-    slow = f"import time, sys; sys.path.insert(0, {str(ROOT)!r}); import megazebra.data.preprocess as p; "
+    slow = f"import time, sys; sys.path.insert(0, {str(ROOT)!r}); import megazebra.data.prepare.preprocess as p; "
     slow += "p._require_tokens = lambda *a: time.sleep(60); import runpy; "
     slow += f"sys.argv = {command[1:]!r}; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megazebra.data.corpus.index_format import REBUILD, IndexArrays, read_index
+from megazebra.data.corpus.sidecar import BlockChecksums, read_meta
 from megazebra.data.errors import CorpusError
-from megazebra.data.index_format import REBUILD, IndexArrays, read_index
-from megazebra.data.sidecar import BlockChecksums, read_meta
 
 READ_BYTES = 2**20
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megazebra.data import corpus_writer, sidecar
-from megazebra.data.corpus_writer import CorpusWriter
+from megazebra.data.corpus import corpus_writer, sidecar
+from megazebra.data.corpus.corpus_writer import CorpusWriter
+from megazebra.data.corpus.index_format import token_dtype
+from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.index_format import token_dtype
-from megazebra.data.indexed_corpus import Corpus
 
 
 @pytest.fixture
@@ -242,6 +242,6 @@ def test_threads_share_one_corpus(tmp_path):
 
 def test_data_without_torch():
     """Preprocessing and inspection should start quickly."""
-    program = "import sys, megazebra.data.preprocess, megazebra.data.samples; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
+    program = "import sys, megazebra.data.prepare.preprocess, megazebra.data.samples; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.text_files import gather_text_files, manifest_fingerprint, read_text, split_files
+from megazebra.data.prepare.text_files import gather_text_files, manifest_fingerprint, read_text, split_files
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megazebra.data import order as order_module
 from megazebra.data.errors import CorpusError
-from megazebra.data.order import SampleOrder, Span
-from megazebra.data.permutation import KeyedPermutation
+from megazebra.data.index import order as order_module
+from megazebra.data.index.order import SampleOrder, Span
+from megazebra.data.index.permutation import KeyedPermutation
 
 GOLDEN_TEN = [4, 5, 1, 2, 3, 6, 7, 8, 0, 9]
 GOLDEN_LARGE = [538637075274, 255460078967, 710188159595]
