@@ -34,12 +34,15 @@ check: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && false)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# What an editable installation compiles or reads once: a change installs again.
+sources := pyproject.toml setup.py $(wildcard csrc/*/*)
+
+$(VENV)/.installed: $(sources) | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the rest into $(VENV) (about 1 GB; a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(runtime)'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: $(sources) | $(BIN)/python
 	@echo "installing torch, DeepSpeed and the development tools into $(VENV) (a minute or more)"
 	$(BIN)/python -m pip install --quiet -e '$(development)'
 	touch $@ $(VENV)/.installed
