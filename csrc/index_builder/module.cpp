@@ -4,4 +4,11 @@
 
 PYBIND11_MODULE(_index_builder, module) {
     module.doc() = "Compiled kernels of megazebra.data.index; their numpy twins stand beside the callers there.";
+    bind_block_order(module);
+    bind_gather(module);
+    bind_megatron_order(module);
+    bind_balance(module);
+    bind_blend(module);
+    bind_buckets(module);
+    bind_packing(module);
 }

@@ -6,18 +6,21 @@ unused.
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
-_native: ModuleType | None = None
-_reason = "asked for by MEGAZEBRA_INDEX_BUILDER=numpy"
-if os.environ.get("MEGAZEBRA_INDEX_BUILDER") != "numpy":
+
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("MEGAZEBRA_INDEX_BUILDER") == "numpy":
+        return None, "numpy, asked for by MEGAZEBRA_INDEX_BUILDER"
     try:
-        from megazebra.data.index import _index_builder as _native
+        return importlib.import_module("megazebra.data.index._index_builder"), "C++"
     except ImportError as error:
-        _reason = (
-            f"no compiled index builder, which costs time only ({error}); install a C++ compiler and megazebra again"
-        )
+        return None, f"numpy, slower ({error}); install a C++ compiler, then megazebra again"
+
+
+_native, _description = _load()
 
 
 def native() -> ModuleType | None:
@@ -27,4 +30,4 @@ def native() -> ModuleType | None:
 
 def describe() -> str:
     """What builds the index, for the first lines of a run."""
-    return "C++" if _native is not None else f"numpy: {_reason}"
+    return _description

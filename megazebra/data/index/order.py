@@ -7,56 +7,50 @@ Every token is an input at most once per epoch; the 1 to L tokens behind the las
 lays them elsewhere. Epochs are keyed on their own and no sample spans two, so the order of the past never depends
 on how long a run gets, and a loader's whole state is the number of samples consumed.
 
-Memory: the lengths array, 16 bytes per block and epoch in use, and the last few blocks looked into.
+Memory beside the lengths: 8 bytes per block, and 12 more for each of the two epochs in use. A block is laid anew for
+every sample, which takes the compiled kernel a few microseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.index.permutation import KeyedPermutation
+from megazebra.data.index.builder import native
+from megazebra.data.index.documents import Documents, end_to_end
+from megazebra.data.index.permutation import KeyedPermutation, derive_key
 
-BLOCK_DOCUMENTS = 1024
-CACHED_EPOCHS = 2
-CACHED_BLOCKS = 64
-
-
-class Span(NamedTuple):
-    """Tokens [start, start + length) of one document, length >= 1."""
-
-    document: int
-    start: int
-    length: int
+EPOCHS_IN_USE = 2  # the one being read, and the next one, which prefetching may have reached
 
 
-class Laid(NamedTuple):
-    """Things laid end to end: `items` int64 [n] in their order, `starts` int64 [n + 1] their token positions."""
+class Spans(NamedTuple):
+    """Pieces of documents: tokens [starts[i], starts[i] + lengths[i]) of documents[i], each length >= 1.
 
-    items: NDArray[np.int64]
+    All three int64 [n].
+    """
+
+    documents: NDArray[np.int64]
     starts: NDArray[np.int64]
-
-
-Cache = dict[tuple[int, ...], Laid]
+    lengths: NDArray[np.int64]
 
 
 class SampleOrder:
     """The order of the samples of a corpus.
 
-    document_lengths: integers [documents], tokens of each (held, not copied). seq_len: L; a sample has L + 1
-    tokens. fingerprint, seed: what the shuffles are keyed by. shuffle: False lays documents and samples in their
-    natural order. source: what errors call the corpus.
+    seq_len: L; a sample has L + 1 tokens. fingerprint, seed: what the shuffles are keyed by. shuffle: False lays
+    documents and samples in their natural order. source: what errors call the corpus.
+
+    Safe to share between threads and forked processes.
 
     Raises CorpusError when the corpus has fewer than L + 1 tokens.
     """
 
     def __init__(
         self,
-        document_lengths: NDArray[np.integer],
+        documents: Documents,
         seq_len: int,
         seed: int = 0,
         fingerprint: str = "",
@@ -64,88 +58,105 @@ class SampleOrder:
         shuffle: bool = True,
         source: str = "the corpus",
     ) -> None:
-        self.document_lengths = document_lengths
+        self.documents = documents
         self.seq_len = seq_len
-        self.seed = seed
-        self.fingerprint = fingerprint
-        self.shuffle = shuffle
-        self.tokens = int(document_lengths.sum(dtype=np.int64))
-        self.samples_per_epoch = (self.tokens - 1) // seq_len
-        if self.samples_per_epoch < 1:
-            raise CorpusError(
-                f"{source} has {self.tokens} tokens, a sample needs data.seq_len + 1 = {seq_len + 1}; "
-                f"lower data.seq_len or take a larger corpus"
-            )
-        block_starts = np.arange(0, len(document_lengths), BLOCK_DOCUMENTS)
-        self._block_tokens = np.add.reduceat(document_lengths, block_starts, dtype=np.int64)
-        self._epochs: Cache = {}
-        self._blocks: Cache = {}
+        self.samples_per_epoch = count_samples(documents.tokens, seq_len, source)
+        self._key = derive_key(fingerprint, seed) if shuffle else None
+        self._epochs: dict[int, _Epoch] = {}
 
-    def locate(self, index: int) -> list[Span]:
+    @property
+    def state_bytes(self) -> int:
+        """What the order keeps in memory beside the documents' lengths."""
+        arrays: list[NDArray[np.integer]] = [self.documents.block_starts]
+        for epoch in self._epochs.values():
+            arrays += [epoch.blocks, epoch.starts]
+        return sum({id(array): array.nbytes for array in arrays}.values())
+
+    def locate(self, index: int) -> Spans:
         """The spans of sample `index` >= 0, in order; their lengths add up to seq_len + 1.
 
         Neighbouring spans are of different documents, and every span but the first begins its document.
+
+        Raises IndexError when `index` is negative.
         """
         if index < 0:
             raise IndexError(f"sample {index}")
-        epoch, turn = divmod(index, self.samples_per_epoch)
-        sample = self._permutation(self.samples_per_epoch, epoch, "samples")(turn)
-        return self._spans(epoch, sample * self.seq_len, self.seq_len + 1)
+        number, turn = divmod(index, self.samples_per_epoch)
+        epoch = self._epochs.get(number)
+        if epoch is None:
+            epoch = self._lay(number)
+        sample = epoch.turns(turn) if epoch.turns else turn
+        return epoch.spans(sample * self.seq_len, self.seq_len + 1)
 
-    def _spans(self, epoch: int, position: int, length: int) -> list[Span]:
-        """What lies at token positions [position, position + length) of an epoch."""
-        blocks, block_starts = _cached(self._epochs, self._lay_blocks, (epoch,), CACHED_EPOCHS)
-        slot = int(np.searchsorted(block_starts, position, side="right")) - 1
-        spans: list[Span] = []
-        while length:
-            block, begin = int(blocks[slot]), position - int(block_starts[slot])
-            documents, starts = _cached(self._blocks, self._lay_documents, (epoch, block), CACHED_BLOCKS)
-            first = int(np.searchsorted(starts, begin, side="right")) - 1
-            last = int(np.searchsorted(starts[:-1], begin + length, side="left"))
-            begins = np.maximum(starts[first:last], begin)
-            lengths = np.minimum(starts[first + 1 : last + 1], begin + length) - begins
-            offsets = begins - starts[first:last]
-            for span in zip(documents[first:last].tolist(), offsets.tolist(), lengths.tolist(), strict=True):
-                if span[2]:
-                    spans.append(Span(*span))
-            taken = int(lengths.sum())
-            position, length, slot = position + taken, length - taken, slot + 1
-        return spans
-
-    def _lay_blocks(self, epoch: int) -> Laid:
-        count = len(self._block_tokens)
-        order = self._permutation(count, epoch, "blocks")(np.arange(count, dtype=np.uint64)).astype(np.int64)
-        return Laid(order, _positions(self._block_tokens[order]))
-
-    def _lay_documents(self, epoch: int, block: int) -> Laid:
-        start = block * BLOCK_DOCUMENTS
-        count = min(BLOCK_DOCUMENTS, len(self.document_lengths) - start)
-        order = self._permutation(count, epoch, "documents", block)(np.arange(count, dtype=np.uint64))
-        documents = order.astype(np.int64) + start
-        return Laid(documents, _positions(self.document_lengths[documents]))
-
-    def _permutation(self, size: int, epoch: int, *purpose: object) -> Callable[[Any], Any]:
-        if not self.shuffle:
-            return _unchanged
-        return KeyedPermutation(size, self.fingerprint, self.seed, epoch, *purpose)
+    def _lay(self, number: int) -> _Epoch:
+        """An epoch, remembered until others push it out. Threads may lay one twice, to the same result."""
+        key = None if self._key is None else derive_key(self._key, number)
+        epoch = self._epochs[number] = _Epoch(self.documents, self.samples_per_epoch, key)
+        for old in list(self._epochs)[:-EPOCHS_IN_USE]:
+            self._epochs.pop(old, None)
+        return epoch
 
 
-def _unchanged(values: Any) -> Any:
-    return values
+class _Epoch:
+    """The line of documents of one epoch, and the turns its samples come in; key None is the natural order.
+
+    blocks: uint32 [blocks] in the epoch's order. starts: int64 [blocks + 1], their token positions.
+    turns: from a sample's turn to its place in the line, None where they are the same.
+    """
+
+    def __init__(self, documents: Documents, samples: int, key: int | None) -> None:
+        self._documents = documents
+        count = len(documents.block_starts) - 1
+        if key is None:
+            self.turns = self._key = None
+            self.blocks = np.arange(count, dtype=np.uint32)
+            self.starts = documents.block_starts
+        else:
+            self.turns = KeyedPermutation(samples, key, "samples")
+            self._key = derive_key(key, "documents")
+            self.blocks = KeyedPermutation(count, key, "blocks").all().astype(np.uint32)
+            self.starts = end_to_end(np.diff(documents.block_starts)[self.blocks])
+
+    def spans(self, position: int, length: int) -> Spans:
+        """What lies at token positions [position, position + length) of the line."""
+        documents, starts = self._documents, self.starts
+        if (builder := native()) is not None:
+            return Spans(
+                *builder.locate(
+                    documents.lengths, self.blocks, starts, documents.block_documents, self._key, position, length
+                )
+            )
+        first = int(np.searchsorted(starts, position, side="right")) - 1
+        last = int(np.searchsorted(starts, position + length, side="left"))
+        laid = np.concatenate([self._lay(block) for block in self.blocks[first:last].tolist()])
+        return cut_spans(laid, documents.lengths[laid], position - int(starts[first]), length)
+
+    def _lay(self, block: int) -> NDArray[np.int64]:
+        """The documents of a block in the epoch's order, int64."""
+        first = block * self._documents.block_documents
+        count = min(self._documents.block_documents, len(self._documents) - first)
+        members = np.arange(count) if self._key is None else KeyedPermutation(count, self._key, block).all()
+        return first + members
 
 
-def _positions(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Where things of these lengths start when laid end to end, and where the last one ends: int64 [n + 1]."""
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts
+def cut_spans(documents: NDArray[np.integer], lengths: NDArray[np.integer], position: int, length: int) -> Spans:
+    """What lies at token positions [position, position + length) of these documents laid end to end."""
+    starts = end_to_end(lengths)
+    first = int(np.searchsorted(starts, position, side="right")) - 1
+    last = int(np.searchsorted(starts, position + length, side="left"))
+    begins = np.maximum(starts[first:last], position)
+    taken = np.minimum(starts[first + 1 : last + 1], position + length) - begins
+    pieces = taken > 0
+    offsets = begins - starts[first:last]
+    return Spans(documents[first:last][pieces].astype(np.int64), offsets[pieces], taken[pieces])
 
 
-def _cached(cache: Cache, make: Callable[..., Laid], key: tuple[int, ...], size: int) -> Laid:
-    """`make(*key)`, remembered; the oldest entries leave. Threads may make one twice, to the same result."""
-    laid = cache.get(key)
-    if laid is None:
-        laid = cache[key] = make(*key)
-        while len(cache) > size:
-            cache.pop(next(iter(cache)), None)
-    return laid
+def count_samples(tokens: int, seq_len: int, source: str) -> int:
+    """How many samples of seq_len tokens and a label `tokens` make; CorpusError where not even one."""
+    samples = (tokens - 1) // seq_len
+    if samples < 1:
+        raise CorpusError(
+            f"{source} has {tokens} tokens, a sample needs data.seq_len + 1 = {seq_len + 1}; "
+            f"lower data.seq_len or take a larger corpus"
+        )
+    return samples
