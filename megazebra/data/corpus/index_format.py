@@ -15,12 +15,8 @@ Little-endian and packed, so no array starts on an 8-byte boundary:
 
 from __future__ import annotations
 
-import hashlib
-import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +42,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class IndexArrays:
-    """What an `.idx` holds.
+    """What goes into an `.idx`.
 
     dtype: of the tokens in .bin.
     sequence_lengths: int32 [S], tokens. sequence_offsets: int64 [S], bytes. document_starts: int64 [D].
@@ -72,34 +68,11 @@ def pack_index(index: IndexArrays) -> bytes:
     )
 
 
-def read_index(path: Path) -> tuple[IndexArrays, str]:
-    """Read an `.idx` into memory; the second value is the sha256 of its bytes.
+def parse_header(path: str, header: bytes) -> tuple[np.dtype, int, int]:
+    """Token type, sequences and document boundaries (documents + 1) that the first bytes of an `.idx` tell.
 
-    Nothing is allocated before the header's counts have been held against the file's size. Raises
-    CorpusError on a wrong magic, version or token type, and where size and counts disagree.
+    Raises CorpusError on a wrong magic, version or token type.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        header = file.read(HEADER.size)
-        dtype, sequences, starts = _parse_header(path, header)
-        expected = HEADER.size + 12 * sequences + 8 * starts
-        if size not in (expected, expected + sequences):
-            state = "truncated" if size < expected else "of another size than its header says"
-            raise CorpusError(
-                f"{path} is {state}: {sequences} sequences and {starts} document boundaries take {expected} bytes, "
-                f"the file has {size}; {REBUILD}"
-            )
-        digest = hashlib.sha256(header)
-        arrays = [
-            _read_array(path, file, digest, kind, count)
-            for kind, count in (("<i4", sequences), ("<i8", sequences), ("<i8", starts))
-        ]
-        digest.update(file.read(sequences))
-    lengths, offsets, boundaries = arrays
-    return IndexArrays(dtype, lengths, offsets, boundaries), digest.hexdigest()
-
-
-def _parse_header(path: Path, header: bytes) -> tuple[np.dtype, int, int]:
     if header[: len(MAGIC)] != MAGIC:
         raise CorpusError(
             f"{path} is no Megatron index: it starts with {header[: len(MAGIC)]!r}, not {MAGIC!r}; "
@@ -117,11 +90,3 @@ def _parse_header(path: Path, header: bytes) -> tuple[np.dtype, int, int]:
     if dtype.kind == "f":
         raise CorpusError(f"{path} holds {dtype} values, not token ids; point to a corpus of integer tokens")
     return dtype, sequences, starts
-
-
-def _read_array(path: Path, file: BinaryIO, digest: hashlib._Hash, kind: str, count: int) -> NDArray:
-    raw = file.read(count * np.dtype(kind).itemsize)
-    if len(raw) != count * np.dtype(kind).itemsize:
-        raise CorpusError(f"{path} became shorter while it was read; {REBUILD}")
-    digest.update(raw)
-    return np.frombuffer(raw, dtype=kind)

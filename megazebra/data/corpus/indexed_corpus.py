@@ -1,74 +1,109 @@
-"""Reading a corpus in Megatron's `.bin`/`.idx` format, with or without our sidecar.
-
-Nothing is memory-mapped: a mapped file that is truncated or rewritten in place kills the process with a bus
-error, while `pread` reports a short read, and the page cache is shared either way.
-"""
+"""Reading a corpus in Megatron's `.bin`/`.idx` format, with or without our sidecar."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import weakref
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megazebra.data.corpus.index_format import REBUILD, IndexArrays, read_index
-from megazebra.data.corpus.sidecar import BlockChecksums, read_meta
+from megazebra.data.corpus.bin_file import READ_BYTES, BinFile
+from megazebra.data.corpus.index_format import REBUILD
+from megazebra.data.corpus.index_reader import read_index
+from megazebra.data.corpus.sidecar import read_meta
+from megazebra.data.corpus.spans import DocumentSpans, read_spans
 from megazebra.data.errors import CorpusError
+from megazebra.data.index.builder import native
+from megazebra.data.index.documents import Documents
+from megazebra.data.index.order import Spans
 
-READ_BYTES = 2**20
+LARGEST_ID = 2**63 - 1
 
 
 class Corpus:
     """An open corpus: document lengths in memory, tokens read on demand.
 
     Safe to share between threads and forked processes (reads don't move a file position); pickling it reopens
-    the files and checks that they are still the same.
+    the files and checks that they are still the same. Memory: 4 bytes per document, 8 if one is longer than 2^31 - 1
+    tokens.
 
-    prefix: path without suffix. dtype: of the tokens in .bin. tokens: how many there are.
-    document_lengths: int64 [documents], tokens of each.
+    prefix: path without suffix. dtype: of the tokens in .bin. layout: the documents' lengths and where each begins.
+    has_spans: whether it is an instruction corpus. document_spans: what the assistant said there; None without spans,
+    and where sequences stand for documents.
     meta: the sidecar, None for corpora that Megatron wrote. vocab_size: bound on token ids, None if unknown.
-    fingerprint: sha256 over .idx, the size of .bin and, where there is a sidecar, the checksums of .bin: equal
-    for copies wherever they lie. Without a sidecar a change of tokens that keeps every length goes unseen.
+    fingerprint: sha256 over .idx, the size of .bin and, where there is a sidecar, the checksums of .bin and .spans:
+    equal for copies wherever they lie. Without a sidecar a change of tokens that keeps every length goes unseen.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], *, vocab_size: int | None = None, field: str = "data.path"):
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        vocab_size: int | None = None,
+        field: str = "data.path",
+        by_sequence: bool = False,
+    ) -> None:
         self.prefix = os.fspath(prefix)
         self._field = field
+        self._by_sequence = by_sequence
         for suffix in (".idx", ".bin"):
             self._require(suffix)
-        index, idx_sha256 = read_index(Path(self.prefix + ".idx"))
-        self.dtype = index.dtype
         self.meta = read_meta(Path(self.prefix + ".meta.json"))
-        self._bin = os.open(self.prefix + ".bin", os.O_RDONLY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self._bin)
-        self._bin_bytes = os.fstat(self._bin).st_size
-        _check_index(self.prefix, index, self._bin_bytes)
-        self.document_lengths, self._document_offsets = _documents(index)
-        self.tokens = int(self.document_lengths.sum())
-        self._check_meta()
+        self._bin = BinFile(self.prefix + ".bin")
+        table = read_index(self.prefix, self._bin.size, by_sequence=by_sequence)
+        self.dtype = table.dtype
+        self.layout = Documents(table.lengths)
+        self._offsets = table.offsets
+        self._check_meta(table.documents)
         self.vocab_size = self._bound(vocab_size)
-        checksums = self.meta.bin_crc32 if self.meta else None
-        self.fingerprint = hashlib.sha256(f"{idx_sha256} {self._bin_bytes} {checksums}".encode()).hexdigest()
+        spans, spans_crc32 = Path(self.prefix + ".spans"), self.meta.spans_crc32 if self.meta else None
+        self.has_spans = spans.exists() if self.meta is None else spans_crc32 is not None
+        self.document_spans: DocumentSpans | None = None
+        if self.has_spans and not by_sequence:
+            self.document_spans = read_spans(spans, self.document_lengths, spans_crc32)
+        content = f"{table.sha256} {self._bin.size} {self.meta.bin_crc32 if self.meta else None}"
+        if spans_crc32 is not None:
+            content += f" {spans_crc32}"
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
-    def open(cls, prefix: str | os.PathLike[str], *, vocab_size: int | None = None, field: str = "data.path") -> Corpus:
+    def open(
+        cls,
+        prefix: str | os.PathLike[str],
+        *,
+        vocab_size: int | None = None,
+        field: str = "data.path",
+        by_sequence: bool = False,
+    ) -> Corpus:
         """Open `prefix`.bin and `prefix`.idx, reading the index and holding it against the size of .bin.
 
         vocab_size: the model's; a corpus made for a larger vocabulary is refused here, and a token id beyond it
-        when it is read. field: the configuration key that errors name.
+        when it is read. field: the configuration key that errors name. by_sequence: take Megatron's sequences for
+        documents, as its own order does; they differ where documents are empty or of several sequences.
 
         Raises CorpusError when a file is missing, truncated, of another format, inconsistent or empty.
         """
-        return cls(prefix, vocab_size=vocab_size, field=field)
+        return cls(prefix, vocab_size=vocab_size, field=field, by_sequence=by_sequence)
 
     @property
     def documents(self) -> int:
-        return len(self.document_lengths)
+        """How many documents there are."""
+        return len(self.layout)
+
+    @property
+    def document_lengths(self) -> NDArray[np.integer]:
+        """Tokens of each document, int32 or int64 [documents]."""
+        return self.layout.lengths
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return self.layout.tokens
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> NDArray[np.int64]:
         """Tokens [start, start + length) of a document, int64 [length]; by default to its end.
@@ -83,64 +118,80 @@ class Corpus:
         if start < 0 or length < 0 or start + length > size:
             raise IndexError(f"tokens {start} to {start + length} of document {document}, which has {size}")
         stored = np.empty(length, dtype=self.dtype.newbyteorder("<"))
-        offset = int(self._document_offsets[document]) + start * self.dtype.itemsize
-        self._read_exactly(stored.view(np.uint8).data, offset)
+        self._bin.read_into(stored.view(np.uint8).data, self._offset(document) + start * self.dtype.itemsize)
         tokens = stored.astype(np.int64)
         self._check_ids(tokens, document, start)
         return tokens
 
-    def verify(self) -> None:
-        """Read both files and compare their checksums with the sidecar's.
+    def gather(self, spans: Spans, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Tokens of pieces of documents, end to end, int64 [sum of their lengths].
+
+        out: where to put them, contiguous and of that shape, such as the row of a batch. Raises what `read` does;
+        `out` is undefined then.
+        """
+        tokens = int(spans.lengths.sum())
+        if out is None:
+            out = np.empty(tokens, dtype=np.int64)
+        assert out.shape == (tokens,), f"{tokens} tokens into {list(out.shape)}"
+        builder = native()
+        if builder is None or not builder.gather(
+            self.layout.lengths,
+            self.layout.block_starts,
+            self.layout.block_documents,
+            self._offsets,
+            self._bin.descriptor,
+            self.dtype,
+            LARGEST_ID if self.vocab_size is None else self.vocab_size - 1,
+            *spans,
+            out,
+        ):
+            self._read_each(spans, out)
+        return out
+
+    def spans(self, document: int) -> NDArray[np.int64]:
+        """What the assistant said in a document: token positions [start, end), int64 [k, 2]."""
+        assert self.document_spans is not None, f"{self.prefix} was opened without spans"
+        return self.document_spans.of(document)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read the files and compare their checksums with the sidecar's; `progress` hears bytes done and in total.
 
         Raises CorpusError naming the first damaged block, or when there is no sidecar to compare with.
         """
         if self.meta is None:
             raise CorpusError(f"{self.prefix}.meta.json does not exist, so there are no checksums to verify against")
-        if zlib.crc32(Path(self.prefix + ".idx").read_bytes()) != self.meta.idx_crc32:
+        crc32 = 0
+        with open(self.prefix + ".idx", "rb") as index:
+            while chunk := index.read(READ_BYTES):
+                crc32 = zlib.crc32(chunk, crc32)
+        if crc32 != self.meta.idx_crc32:
             raise CorpusError(f"{self.prefix}.idx does not match its checksum; {REBUILD}")
-        checksums = BlockChecksums(self.meta.checksum_block_bytes)
-        for offset in range(0, self._bin_bytes, READ_BYTES):
-            chunk = bytearray(min(READ_BYTES, self._bin_bytes - offset))
-            self._read_exactly(memoryview(chunk), offset)
-            checksums.update(chunk)
-        if len(checksums.blocks) != len(self.meta.bin_crc32):
-            raise CorpusError(
-                f"{self.prefix}.meta.json has {len(self.meta.bin_crc32)} checksums for {len(checksums.blocks)} "
-                f"blocks of .bin; {REBUILD}"
-            )
-        for block, (found, recorded) in enumerate(zip(checksums.blocks, self.meta.bin_crc32, strict=True)):
-            if found != recorded:
-                start = block * checksums.block_bytes
-                raise CorpusError(
-                    f"{self.prefix}.bin does not match its checksum in block {block}, bytes {start} to "
-                    f"{min(start + checksums.block_bytes, self._bin_bytes)}; {REBUILD}"
-                )
+        self._bin.verify(self.meta.checksum_block_bytes, self.meta.bin_crc32, progress)
 
     def close(self) -> None:
         """Close .bin; reading afterwards is an error. Also happens when the corpus is collected."""
-        self._close()
-        self._bin = -1  # the number may soon be another file's
+        self._bin.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.prefix, self.vocab_size, self._field, self.fingerprint)
+        return _reopen, (self.prefix, self.vocab_size, self._field, self._by_sequence, self.fingerprint)
 
     def _require(self, suffix: str) -> None:
         path = self.prefix + suffix
         if os.path.isfile(path):
             return
         name = f"{self._field}={self.prefix!r}"
-        if self.prefix.endswith((".bin", ".idx", ".meta.json")) and os.path.isfile(self.prefix):
+        if self.prefix.endswith((".bin", ".idx", ".meta.json", ".spans")) and os.path.isfile(self.prefix):
             raise CorpusError(f"{name} is a file; give the prefix without its suffix")
         raise CorpusError(f"{name}: {path} does not exist; build it with tools/preprocess_data.py or correct the path")
 
-    def _check_meta(self) -> None:
+    def _check_meta(self, documents: int) -> None:
         if self.meta is None:
             return
         for name, recorded, found in (
             ("tokens", self.meta.tokens, self.tokens),
-            ("documents", self.meta.documents, self.documents),
+            ("documents", self.meta.documents, documents),
             ("dtype", self.meta.dtype, self.dtype.name),
-            ("bin_bytes", self.meta.bin_bytes, self._bin_bytes),
+            ("bin_bytes", self.meta.bin_bytes, self._bin.size),
         ):
             if recorded != found:
                 raise CorpusError(
@@ -170,64 +221,22 @@ class Corpus:
                 "model.vocab_size, or check the file's integrity"
             )
 
-    def _read_exactly(self, target: memoryview, offset: int) -> None:
-        """Fill `target` from .bin; the kernel may hand out less than asked (2 GB at most) at a time."""
-        while len(target):
-            count = os.preadv(self._bin, [target], offset)
-            if count == 0:
-                raise CorpusError(
-                    f"{self.prefix}.bin ends at byte {offset} although it had {self._bin_bytes} bytes when it was "
-                    f"opened: it was truncated or rewritten in place; {REBUILD}"
-                )
-            target = target[count:]
-            offset += count
+    def _offset(self, document: int) -> int:
+        """The byte a document begins at."""
+        if self._offsets is None:
+            return self.layout.start(document) * self.dtype.itemsize
+        return int(self._offsets[document])
+
+    def _read_each(self, spans: Spans, out: NDArray[np.int64]) -> None:
+        """`gather` span by span: without the compiled kernel, and to say what that one stumbled over."""
+        end = 0
+        for document, start, length in zip(*(column.tolist() for column in spans), strict=True):
+            out[end : end + length] = self.read(document, start, length)
+            end += length
 
 
-def _reopen(prefix: str, vocab_size: int | None, field: str, fingerprint: str) -> Corpus:
-    corpus = Corpus(prefix, vocab_size=vocab_size, field=field)
+def _reopen(prefix: str, vocab_size: int | None, field: str, by_sequence: bool, fingerprint: str) -> Corpus:
+    corpus = Corpus(prefix, vocab_size=vocab_size, field=field, by_sequence=by_sequence)
     if corpus.fingerprint != fingerprint:
         raise CorpusError(f"{field}={prefix!r} has been replaced since it was first opened; start the run again")
     return corpus
-
-
-def _check_index(prefix: str, index: IndexArrays, bin_bytes: int) -> None:
-    """Refuse boundaries and offsets that don't describe a .bin of this size."""
-    path, starts, sequences = f"{prefix}.idx", index.document_starts, len(index.sequence_lengths)
-    # Compared, not subtracted: differences of arbitrary 64-bit numbers overflow.
-    if len(starts) == 0 or starts[0] != 0 or starts[-1] != sequences or (starts[1:] < starts[:-1]).any():
-        raise CorpusError(f"{path}: document boundaries do not rise from 0 to its {sequences} sequences; {REBUILD}")
-    if sequences == 0 or not index.sequence_lengths.any():
-        raise CorpusError(f"{path} holds no tokens; {REBUILD}")
-    lengths = index.sequence_lengths.astype(np.int64)
-    # Bounding the offsets first keeps the sum below from overflowing.
-    sane = (lengths >= 0) & (index.sequence_offsets >= 0) & (index.sequence_offsets <= bin_bytes)
-    ends = np.where(sane, index.sequence_offsets, 0) + lengths * index.dtype.itemsize
-    wrong = np.flatnonzero(~sane | (ends > bin_bytes))
-    if wrong.size:
-        first = wrong[0]
-        raise CorpusError(
-            f"{path}: sequence {first} has {lengths[first]} tokens from byte {index.sequence_offsets[first]}, outside "
-            f"the {bin_bytes} bytes of {prefix}.bin: .bin is truncated or of another build; {REBUILD}"
-        )
-    if ends.max() != bin_bytes:
-        raise CorpusError(
-            f"{prefix}.bin has {bin_bytes} bytes, {path} accounts for {ends.max()}: the files are of different "
-            f"builds; {REBUILD}"
-        )
-    # Every document is one byte range, as all of Megatron's writers lay it out.
-    breaks = np.flatnonzero(index.sequence_offsets[1:] != ends[:-1]) + 1
-    torn = breaks[~np.isin(breaks, starts)]
-    if torn.size:
-        raise CorpusError(
-            f"{path}: sequence {torn[0]} does not follow on the one before it although both are of one document; "
-            f"{REBUILD}"
-        )
-
-
-def _documents(index: IndexArrays) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens and byte offset of every document, both int64 [documents]."""
-    tokens_before = np.concatenate(([0], np.cumsum(index.sequence_lengths, dtype=np.int64)))
-    lengths = np.diff(tokens_before[index.document_starts])
-    # An empty last document starts behind the last sequence; its offset is never used.
-    firsts = np.minimum(index.document_starts[:-1], len(index.sequence_offsets) - 1)
-    return lengths, index.sequence_offsets[firsts].astype(np.int64)

@@ -32,6 +32,8 @@ class CorpusMeta:
     idx_crc32: int
     unigram_entropy: float
     """Entropy of the corpus's own token frequencies."""
+    spans_crc32: int | None = None
+    """Instruction corpora: of `prefix.spans`."""
     unigram_cross_entropy: float | None = None
     """Held-out corpora: the loss of the training corpus's token frequencies here, the bar to beat."""
     tokenizer: dict[str, str] | None = None

@@ -7,13 +7,15 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from index_files import pack_idx, place
 
-from megazebra.data.corpus import corpus_writer, sidecar
+from megazebra.data.corpus import bin_file, corpus_writer, index_reader, sidecar
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.corpus.index_format import token_dtype
 from megazebra.data.corpus.indexed_corpus import Corpus
@@ -205,6 +207,14 @@ def test_verify_names_the_damaged_block(tmp_path, monkeypatch):
         Corpus.open(prefix).verify()
 
 
+def test_verify_tells_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(bin_file, "READ_BYTES", 5)
+    corpus = Corpus.open(write(tmp_path / "corpus", [[1, 2, 3], [4, 5, 6]]))
+    heard: list[tuple[int, int]] = []
+    corpus.verify(lambda done, total: heard.append((done, total)))
+    assert heard == [(5, 12), (10, 12), (12, 12)]
+
+
 def test_verify_checks_the_index_and_needs_a_sidecar(prefix):
     edit_meta(prefix, idx_crc32=0)
     with pytest.raises(CorpusError, match=r"corpus\.idx does not match its checksum"):
@@ -230,6 +240,28 @@ def test_pickling_reopens_and_notices_a_replacement(prefix):
     write(prefix, [[9]])
     with pytest.raises(CorpusError, match="has been replaced since"):
         pickle.loads(pickled)
+
+
+def test_pickling_keeps_what_the_documents_are(prefix):
+    corpus = Corpus.open(prefix, by_sequence=True)
+    assert [each.document_lengths.tolist() for each in (corpus, pickle.loads(pickle.dumps(corpus)))] == [[3, 1, 2]] * 2
+
+
+def test_memory_is_four_bytes_per_document(tmp_path, monkeypatch):
+    """And eight while the index is read: the file's own arrays would take twenty."""
+    monkeypatch.setattr(index_reader, "PIECE", 2**12)
+    documents = 200_000
+    idx = pack_idx(1, [1] * documents, range(documents), range(documents + 1))
+    prefix = place(tmp_path, idx, bytes(documents))
+    tracemalloc.start()
+    try:
+        table = index_reader.read_index(str(prefix), documents)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert table.documents == len(table.lengths) == documents
+    assert 4 * documents <= held < 5 * documents
+    assert peak < 10 * documents
 
 
 def test_threads_share_one_corpus(tmp_path):
