@@ -23,6 +23,9 @@ _MUST_AGREE = (
     "train.global_batch_size",
     "data.seq_len",
     "data.document_mask",
+    "data.packing",
+    "data.loss_on",
+    "data.overlong",
 )
 
 
@@ -40,13 +43,14 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run under one configuration and corpus.
 
-    data_fingerprint: identifies the training corpus; resuming on another would silently change the data.
+    data_identity: what the order of the samples depends on, in words, by name (TrainingData.identity); resuming on
+    other data would silently repeat some of it and skip some.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine, data_fingerprint: str) -> None:
+    def __init__(self, config: Config, engine: TrainEngine, data_identity: dict[str, str]) -> None:
         self.config = config
         self.engine = engine
-        self.data_fingerprint = data_fingerprint
+        self.data_identity = data_identity
         self.store = CheckpointStore(
             Path(config.run.dir) / "checkpoints", engine.mesh.world, config.checkpoint.keep_last
         )
@@ -57,7 +61,7 @@ class Checkpoints:
             "progress": asdict(progress),
             "guard": self.engine.guard.state_dict(),
             "layout": self._layout(),
-            "data_fingerprint": self.data_fingerprint,
+            "data": self.data_identity,
             "config": self.config.model_dump(mode="json"),
             "parameters": self._parameters(),
             "versions": {package: version(package) for package in ("megazebra", "torch", "deepspeed")},
@@ -94,8 +98,12 @@ class Checkpoints:
             for key, size in index["layout"].items()
             if size != self._layout()[key]
         ]
-        if index["data_fingerprint"] != self.data_fingerprint:
-            differences.append("the training corpus at data.path is another one, or was rebuilt")
+        differences += [
+            f"the training data's {name}: {index['data'].get(name, 'none')} there, "
+            f"{self.data_identity.get(name, 'none')} here"
+            for name in sorted(self.data_identity.keys() | index["data"].keys())
+            if self.data_identity.get(name) != index["data"].get(name)
+        ]
         if differences:
             raise CheckpointError(
                 "it belongs to another configuration: "

@@ -6,6 +6,7 @@ A check runs when all its sections are valid in themselves, so one bad value hid
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from megazebra.config.backends import attention_backend_names
@@ -206,8 +207,49 @@ def optimizer_is_read(optimizer: OptimizerConfig) -> Problems:
 
 
 def validation_has_data(validation: ValidationConfig, data: DataConfig) -> Problems:
-    if validation.interval and data.validation_path is None:
+    if validation.interval and data.validation_path is None and not data.validation_sources:
         yield "validation.interval", "needs a held-out corpus: set data.validation_path, or validation.interval=0"
+
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def data_is_named_once(data: DataConfig) -> Problems:
+    for one, several in (("path", "sources"), ("validation_path", "validation_sources")):
+        if getattr(data, one) is not None and getattr(data, several):
+            yield f"data.{several}", f"and data.{one} are both given; name that corpus in data.{several} too"
+        for name in getattr(data, several):
+            if not _NAME.fullmatch(name):
+                yield f"data.{several}", f"has the name {name!r}; take letters, digits, '_', '-' and '.'"
+
+
+def sources_fit(data: DataConfig) -> Problems:
+    without = [name for name, source in data.sources.items() if source.weight is None]
+    if without and len(without) < len(data.sources):
+        yield "data.sources", f"gives some weights but none for {', '.join(without)}; give every source one, or none"
+    for name, source in data.sources.items():
+        longest = source.max_document_tokens
+        if longest is not None and source.min_document_tokens > longest:
+            yield (
+                "data.sources",
+                f"asks {name!r} for documents of at least {source.min_document_tokens} and at most {longest} tokens; "
+                "swap the two",
+            )
+
+
+def megatron_order_fits(data: DataConfig) -> Problems:
+    if data.index_compat != "megatron":
+        return
+    filtered = any(source.min_document_tokens or source.max_document_tokens for source in data.sources.values())
+    if len(data.sources) > 1 or filtered:
+        yield "data.index_compat", "reproduces Megatron's order of one whole corpus; give one source without a filter"
+    if data.packing != "concatenate":
+        yield "data.packing", "must be concatenate with data.index_compat=megatron: Megatron cuts documents so"
+
+
+def packing_is_masked(data: DataConfig) -> Problems:
+    if data.packing == "best_fit" and not data.document_mask:
+        yield "data.document_mask", "must be true with data.packing=best_fit: unrelated documents share a sequence"
 
 
 def attention_backend_exists(train: TrainConfig) -> Problems:
@@ -232,6 +274,10 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     schedule_is_read,
     optimizer_is_read,
     validation_has_data,
+    data_is_named_once,
+    sources_fit,
+    megatron_order_fits,
+    packing_is_masked,
     attention_backend_exists,
 )
 

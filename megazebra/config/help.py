@@ -17,7 +17,7 @@ usage: pretrain_zebra.py [--config FILE] [--deepspeed_config FILE] [--section.ke
   -h, --help               this text
 
 Any key may be set in the file or, over it, on the command line: --train.steps=20 or --train.steps 20;
-lists as --model.pattern=[G,L,128,L], nothing as null.
+lists as --model.pattern=[G,L,128,L], named entries as --data.sources='{code: {path: data/code}}', nothing as null.
 """
 
 
@@ -40,6 +40,10 @@ def help_text(width: int | None = None) -> str:
             lines.append(_wrapped(takes, width, "  "))
             if twin == name:
                 lines.append(_wrapped(keys.documentation(key), width, "      "))
+            if entry := keys.entry_section(key):
+                for part, field in entry.model_fields.items():
+                    lines.append(_wrapped(f"{part}  ({keys.values_in_words(entry, part)})", width, "      "))
+                    lines.append(_wrapped(" ".join((field.description or "").split()), width, "          "))
         lines.append("")
     return "\n".join(lines).rstrip()
 

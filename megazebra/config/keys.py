@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -38,6 +38,14 @@ def fields() -> dict[str, FieldInfo]:
     }
 
 
+def entry_section(key: str) -> type[Section] | None:
+    """What stands under each name of a key that takes sections by name (data.sources); None for other keys."""
+    annotation = fields()[key].annotation
+    if get_origin(annotation) is dict and issubclass(entry := get_args(annotation)[1], Section):
+        return entry
+    return None
+
+
 def is_section(key: str) -> bool:
     return key != "" and key in sections()
 
@@ -47,10 +55,10 @@ def join(prefix: str, name: str) -> str:
 
 
 def value_of(section: Section, key: str) -> Any:
-    """The value under a dotted key of a section (or of the whole Config)."""
-    value: Any = section
+    """The value under a dotted key of a section (or of the whole Config), in YAML's types."""
+    value: Any = section.model_dump()
     for name in key.split("."):
-        value = getattr(value, name)
+        value = value[name]
     return value
 
 
@@ -64,18 +72,30 @@ def documentation(key: str) -> str:
 def allowed_values(key: str) -> str:
     """What a key takes, in words: 'a whole number >= 1 or null'."""
     prefix, _, name = key.rpartition(".")
-    return _words(sections()[prefix].model_json_schema()["properties"][name])
+    return values_in_words(sections()[prefix], name)
 
 
-def _words(schema: dict[str, Any]) -> str:
+def values_in_words(section: type[Section], name: str) -> str:
+    """What one key of a section takes."""
+    schema = section.model_json_schema()
+    return _words(schema["properties"][name], schema.get("$defs", {}))
+
+
+def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "anyOf" in schema:
-        return " or ".join(_words(choice) for choice in schema["anyOf"])
+        return " or ".join(_words(choice, definitions) for choice in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(str(choice) for choice in schema["enum"])
     if schema["type"] == "array":
         if "prefixItems" in schema:
-            return f"[{', '.join(_words(item) for item in schema['prefixItems'])}]"
-        return f"[{_words(schema['items'])}, ...]"
+            return f"[{', '.join(_words(item, definitions) for item in schema['prefixItems'])}]"
+        return f"[{_words(schema['items'], definitions)}, ...]"
+    if schema["type"] == "object":
+        entry = schema["additionalProperties"]
+        if "$ref" in entry:
+            properties = definitions[entry["$ref"].rpartition("/")[2]]["properties"]
+            return f"{{NAME: {{{', '.join(f'{name}: ...' for name in properties)}}}, ...}}"
+        return f"{{NAME: {_words(entry, definitions)}, ...}}"
     names = {
         "integer": "a whole number",
         "number": "a number",

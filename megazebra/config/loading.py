@@ -132,10 +132,15 @@ def _value_problems(section: str, error: ValidationError, accepted: dict[str, Se
     for detail in error.errors(include_url=False):
         parts = [section, *(str(part) for part in detail["loc"])]
         key = next(name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in keys.fields())
+        setting = accepted[key]
+        entry = keys.entry_section(key)
+        inside = parts[key.count(".") + 1 :]
+        if entry is not None and inside and inside[-1] != "[key]":
+            yield f"{setting.source}: {_entry_problem('.'.join(parts), entry, inside[1:], detail)}"
+            continue
         if key in seen:
             continue
         seen.add(key)
-        setting = accepted[key]
         # The limits of an element are told with the whole form: 'must be [a number > 0, ...]'.
         if detail["type"] in _LIMITS and ".".join(parts) == key:
             message = _LIMITS[detail["type"]].format(**detail.get("ctx", {}))
@@ -145,6 +150,18 @@ def _value_problems(section: str, error: ValidationError, accepted: dict[str, Se
         if isinstance(setting.value, bool | int | float) and "text" in message:
             message += "; put it in quotes to make it text"
         yield _problem(setting.source, key, setting.value, message)
+
+
+def _entry_problem(key: str, entry: type[Section], inside: list[str], detail: Any) -> str:
+    """What is wrong with a named entry such as data.sources.code, or with its value at `inside`."""
+    if not inside:
+        return f"{key}={shown(detail['input'])}: must be a mapping of {', '.join(entry.model_fields)}"
+    name = inside[0]
+    if name not in entry.model_fields:
+        return f"unknown key {key!r}{keys.did_you_mean(name, entry.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{key} is missing: {' '.join((entry.model_fields[name].description or '').split())}"
+    return f"{key}={shown(detail['input'])}: must be {keys.values_in_words(entry, name)}"
 
 
 def _problem(source: str, key: str, value: Any, message: str) -> str:
@@ -163,4 +180,5 @@ def _yaml_lines(section: Section, prefix: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _yaml_lines(value, f"{prefix}{name}.")
         else:
-            yield textwrap.indent(to_yaml({name: value}).rstrip("\n"), indent)
+            plain = section.model_dump(include={name})
+            yield textwrap.indent(to_yaml(plain).rstrip("\n"), indent)

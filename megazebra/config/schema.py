@@ -213,16 +213,45 @@ class ScheduleConfig(Section):
     """Learning rate at the end as a share of optimizer.lr."""
 
 
+class SourceConfig(Section):
+    path: str
+    """Prefix of the source's corpus."""
+    weight: Positive | None = None
+    """Share of the samples that come from this source, as a ratio to the other weights; null for all sources:
+    in proportion to their tokens."""
+    min_document_tokens: CountOrZero = 0
+    """Take only documents of at least this many tokens."""
+    max_document_tokens: Count | None = None
+    """Take only documents of at most this many tokens."""
+
+
 class DataConfig(Section):
     path: str | None = None
     """Prefix of the training corpus: `path`.bin, `path`.idx and `path`.meta.json, as
-    tools/preprocess_data.py writes them."""
+    tools/preprocess_data.py writes them. For more than one corpus, or a filter, see sources."""
+    sources: dict[str, SourceConfig] = {}
+    """Training corpora by name, instead of path; a corpus may appear twice, such as once for its long documents."""
     validation_path: str | None = None
     """Prefix of the held-out corpus; null: no validation."""
+    validation_sources: dict[str, str] = {}
+    """Prefixes of held-out corpora by name, instead of validation_path: each gets a loss of its own."""
     seq_len: Count = 4096
     """Tokens per training sequence."""
     document_mask: bool = True
     """Attention and positions stop at document boundaries; false: documents of a sequence see each other."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How text fills sequences: concatenate lays documents end to end and cuts every seq_len tokens; best_fit cuts
+    only documents longer than that and fills sequences with whole ones (Ding et al. 2024), a little padding
+    remains. Conversations are always packed whole."""
+    index_compat: Literal["none", "megatron"] = "none"
+    """megatron: samples in exactly the order Megatron-LM gives them for train.seed and this number of samples, to go
+    on with a run begun there; the order then changes with train.steps, as it does in Megatron."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Instruction corpora: which tokens are learned, the assistant's or all. Text is always learned whole."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """Conversations longer than seq_len: refuse to start, leave them out, or keep their first seq_len tokens."""
+    balance: bool = True
+    """Deal the samples of a step to data-parallel ranks by the attention they cost; false: in their order."""
 
 
 class ValidationConfig(Section):

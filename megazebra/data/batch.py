@@ -5,11 +5,12 @@ Shapes: B sequences of a micro-batch, S tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megazebra.data.samples import Sample
 from megazebra.labels import IGNORE_INDEX
@@ -51,53 +52,46 @@ class MicroBatch:
             tokens_BS=self.tokens_BS[:, part],
             labels_BS=labels_BS,
             positions_BS=self.positions_BS[:, part],
-            valid_tokens=_count(labels_BS),
+            valid_tokens=int((labels_BS != IGNORE_INDEX).sum()),
         )
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same batch with its tensors on `device`; copies to a GPU do not wait for it."""
-        device = torch.device(device)
+        """The same batch with its tensors on `device`."""
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            # Only from pinned memory is a copy asynchronous.
-            pinned = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
+    def pinned(self) -> MicroBatch:
+        """The same batch in page-locked memory: only from there is a copy to a GPU asynchronous."""
+        return self._each_tensor(lambda tensor: tensor.contiguous().pin_memory())
 
+    def _each_tensor(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         return replace(
             self,
-            tokens_BS=move(self.tokens_BS),
-            labels_BS=move(self.labels_BS),
-            positions_BS=move(self.positions_BS),
+            tokens_BS=change(self.tokens_BS),
+            labels_BS=change(self.labels_BS),
+            positions_BS=change(self.positions_BS),
         )
 
 
 def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
-    """Samples of one length as a MicroBatch of CPU tensors.
-
-    With document_mask, positions restart at every document, and a document's last token has no label: what
-    follows is another document's first token, which it cannot know. Without, both run through.
-    """
-    rows = np.stack([sample.tokens for sample in samples])
-    tokens, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
-    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int64), (len(samples), 1))
-    for row, sample in enumerate(samples):
-        if document_mask:
-            lengths = sample.document_lengths
-            starts = np.cumsum(lengths) - lengths
-            positions[row] -= np.repeat(starts, lengths)
-            labels[row, np.cumsum(sample.segment_lengths[:-1], dtype=np.int64) - 1] = IGNORE_INDEX
-        if sample.label_mask is not None:
-            labels[row, ~sample.label_mask] = IGNORE_INDEX
-    labels_BS = torch.from_numpy(labels)
+    """Samples of one length as a MicroBatch of CPU tensors. With document_mask, positions restart at every document."""
+    labels = _rows([sample.labels for sample in samples])
+    ramp = np.arange(labels.shape[1])
+    positions = np.empty_like(labels)
+    for row, sample in zip(positions, samples, strict=True):
+        start = 0
+        for length in sample.document_lengths if document_mask else [len(ramp)]:
+            row[start : start + length] = ramp[:length]
+            start += length
     return MicroBatch(
-        torch.from_numpy(tokens),
-        labels_BS,
+        torch.from_numpy(_rows([sample.tokens for sample in samples])),
+        torch.from_numpy(labels),
         torch.from_numpy(positions),
         [sample.document_lengths for sample in samples] if document_mask else None,
         [sample.index for sample in samples],
-        _count(labels_BS),
+        int(np.count_nonzero(labels != IGNORE_INDEX)),
     )
 
 
-def _count(labels_BS: torch.Tensor) -> int:
-    return int((labels_BS != IGNORE_INDEX).sum())
+def _rows(rows: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """[B, S]; a long single row is not copied."""
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)

@@ -6,20 +6,29 @@ of ranks or another micro-batch size, and the steps' samples stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from megazebra.data.batch import MicroBatch, collate
-from megazebra.data.samples import Sample, SampleSource
+from megazebra.data.index.balance import balance
+from megazebra.data.samples import FiniteSource, Sample, SampleSource
+from megazebra.labels import IGNORE_INDEX
+
+Cost = Callable[[list[int]], float]
 
 
 class StepLoader:
     """This rank's micro-batches of any step.
 
-    Samples consumed to consumed + global_batch_size - 1 make a step; each rank takes an equal share of
-    neighbours, cut into micro-batches of micro_batch_size.
+    Samples consumed to consumed + global_batch_size - 1 make a step; each rank takes an equal number of them, cut
+    into micro-batches of micro_batch_size.
+
+    cost: what the attention of a sample with these document lengths costs, in any unit. With it, samples are dealt
+    to the ranks so that all have about the same to do in every micro-batch (they wait for each other there under
+    ZeRO-3) and in the whole step; without it, each rank takes neighbours. Which samples make the step, and hence
+    the gradient, is the same.
 
     Raises ValueError when the global batch does not divide into equal micro-batches.
     """
@@ -33,6 +42,7 @@ class StepLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         document_mask: bool = True,
+        cost: Cost | None = None,
     ) -> None:
         _check_rank(dp_rank, dp_size)
         if global_batch_size % (micro_batch_size * dp_size):
@@ -45,23 +55,34 @@ class StepLoader:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.document_mask = document_mask
-        self._share = global_batch_size // dp_size
-        self._offset = dp_rank * self._share
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.cost = cost
 
     def next_step(self, consumed_samples: int) -> list[MicroBatch]:
         """The step after `consumed_samples` samples: global_batch_size / (micro_batch_size dp_size) micro-batches."""
-        first = consumed_samples + self._offset
+        mine = self._share(consumed_samples)
         return [
-            collate(
-                [self.samples[index] for index in range(start, start + self.micro_batch_size)],
-                document_mask=self.document_mask,
-            )
-            for start in range(first, first + self._share, self.micro_batch_size)
+            collate([self.samples[index] for index in indices], document_mask=self.document_mask)
+            for indices in (mine[i : i + self.micro_batch_size] for i in range(0, len(mine), self.micro_batch_size))
         ]
+
+    def _share(self, first: int) -> list[int]:
+        """This rank's samples of the step that begins with sample `first`."""
+        share = self.global_batch_size // self.dp_size
+        if self.cost is None or self.dp_size == 1:
+            start = first + self.dp_rank * share
+            return list(range(start, start + share))
+        costs = np.array(
+            [self.cost(self.samples.document_lengths(index)) for index in range(first, first + self.global_batch_size)],
+            dtype=np.float64,
+        )
+        places = balance(costs, self.dp_size, self.micro_batch_size)[self.dp_rank]
+        return [first + place for place in places.tolist()]
 
 
 def validation_batches(
-    samples: SampleSource,
+    samples: FiniteSource,
     num_samples: int,
     *,
     micro_batch_size: int,
@@ -79,15 +100,14 @@ def validation_batches(
     for start in range(0, available, micro_batch_size * dp_size):
         first = start + dp_rank * micro_batch_size
         rows = [
-            samples[index] if index < available else _filler(samples)
+            samples[index] if index < available else _filler(samples[0])
             for index in range(first, first + micro_batch_size)
         ]
         yield collate(rows, document_mask=document_mask)
 
 
-def _filler(samples: SampleSource) -> Sample:
-    sample = samples[0]
-    return replace(sample, index=-1, label_mask=np.zeros(len(sample.tokens) - 1, dtype=np.bool_))
+def _filler(sample: Sample) -> Sample:
+    return replace(sample, index=-1, labels=np.full_like(sample.labels, IGNORE_INDEX))
 
 
 def _check_rank(dp_rank: int, dp_size: int) -> None:

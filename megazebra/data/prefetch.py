@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megazebra.data.batch import MicroBatch
@@ -18,11 +19,15 @@ class PrefetchingLoader:
     (a damaged corpus) is raised by the call that needs the step. One thread: reading and cutting release the
     interpreter in the system calls, and the order of reads stays that of the samples.
 
-    depth: steps kept ready. wait_s: how long the last `next_step` waited for data, in seconds.
+    depth: steps kept ready. stage: what the thread does with every micro-batch besides, such as slicing it and
+    pinning its memory. wait_s: how long the last `next_step` waited for data, in seconds.
     """
 
-    def __init__(self, loader: StepLoader, depth: int = 2) -> None:
+    def __init__(
+        self, loader: StepLoader, depth: int = 2, stage: Callable[[MicroBatch], MicroBatch] | None = None
+    ) -> None:
         self.loader = loader
+        self.stage = stage
         self.depth = depth
         self.wait_s = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
@@ -52,7 +57,11 @@ class PrefetchingLoader:
         self._thread.shutdown()
 
     def _request(self, consumed_samples: int) -> None:
-        self._ahead.append((consumed_samples, self._thread.submit(self.loader.next_step, consumed_samples)))
+        self._ahead.append((consumed_samples, self._thread.submit(self._make, consumed_samples)))
+
+    def _make(self, consumed_samples: int) -> list[MicroBatch]:
+        batches = self.loader.next_step(consumed_samples)
+        return batches if self.stage is None else [self.stage(batch) for batch in batches]
 
     def _forget(self) -> None:
         for _, step in self._ahead:

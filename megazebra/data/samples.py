@@ -1,4 +1,9 @@
-"""From an index to tokens: a sample source is anything that gives sample i."""
+"""From an index to tokens and labels: a sample source is anything that gives sample i.
+
+Two kinds of sequence are made of a corpus. Chunked: documents end to end, cut every L tokens; the label of the last
+token is the first one of the next sample. Packed: whole documents (pieces of those longer than L) beside each other,
+then padding; nothing is learned on the padding.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +14,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.index.order import SampleOrder
+from megazebra.data.index.order import Spans
+from megazebra.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence of L inputs.
+    """One training sequence of L tokens.
 
-    tokens: int64 [L + 1]; inputs are all but the last, labels all but the first.
-    segment_lengths: tokens of each document's piece in turn, over the L + 1 tokens.
+    tokens: int64 [L]. labels: int64 [L], the token after each, IGNORE_INDEX where none counts.
+    document_lengths: tokens of each document's piece in turn, padding as the last, adding up to L.
     index: its place in the order; -1 for one that only fills a batch.
-    label_mask: bool [L], False where a label does not count; None: all count.
     """
 
     tokens: NDArray[np.int64]
-    segment_lengths: list[int]
+    labels: NDArray[np.int64]
+    document_lengths: list[int]
     index: int
-    label_mask: NDArray[np.bool_] | None = None
-
-    @property
-    def document_lengths(self) -> list[int]:
-        """Tokens of each document's piece over the L inputs."""
-        *whole, last = self.segment_lengths
-        return [*whole, last - 1] if last > 1 else whole
 
 
 class SampleSource(Protocol):
     """What a loader draws from. Sample i has to be a function of i alone."""
 
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def document_lengths(self, index: int) -> list[int]:
+        """Those of sample `index`, found without reading its tokens."""
+        ...
+
+
+class FiniteSource(SampleSource, Protocol):
+    """A source that begins anew after an epoch."""
+
     @property
     def samples_per_epoch(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+
+class Order(Protocol):
+    """Which pieces of documents make sample i."""
+
+    @property
+    def samples_per_epoch(self) -> int: ...
+
+    def locate(self, index: int) -> Spans: ...
 
 
-class CorpusSamples:
-    """A corpus as samples of seq_len + 1 tokens, concatenated and chunked in the default order.
+class ChunkedSamples:
+    """Samples of an order whose pieces add up to L + 1 tokens.
 
-    shuffle: False for validation, which takes the first samples of the natural order.
-
-    Raises CorpusError when the corpus is smaller than one sample.
+    document_mask: a document's last token has no label, since what follows belongs to another document, which it
+    cannot see. documents: int64, the corpus's numbers of the order's documents; None: all of them.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, seed: int = 0, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, corpus: Corpus, order: Order, *, document_mask: bool, documents: NDArray[np.int64] | None = None
+    ) -> None:
         self.corpus = corpus
-        self.order = SampleOrder(
-            corpus.document_lengths, seq_len, seed, corpus.fingerprint, shuffle=shuffle, source=repr(corpus.prefix)
-        )
+        self.order = order
+        self.document_mask = document_mask
+        self.documents = documents
 
     @property
     def samples_per_epoch(self) -> int:
@@ -63,5 +80,87 @@ class CorpusSamples:
 
     def __getitem__(self, index: int) -> Sample:
         spans = self.order.locate(index)
-        tokens = np.concatenate([self.corpus.read(*span) for span in spans])
-        return Sample(tokens, [span.length for span in spans], index)
+        line = self.corpus.gather(_renamed(spans, self.documents))
+        labels = line[1:]
+        if self.document_mask:
+            labels = labels.copy()
+            labels[np.cumsum(spans.lengths[:-1]) - 1] = IGNORE_INDEX
+        return Sample(line[:-1], labels, _without_last_token(spans.lengths), index)
+
+    def document_lengths(self, index: int) -> list[int]:
+        return _without_last_token(self.order.locate(index).lengths)
+
+
+class PackedSamples:
+    """Samples of an order whose pieces add up to at most seq_len tokens, filled up with padding.
+
+    padding_id: token of the padding. assistant_only: count only labels inside the corpus's assistant spans.
+    documents: as in ChunkedSamples.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        order: Order,
+        seq_len: int,
+        *,
+        padding_id: int = 0,
+        assistant_only: bool = False,
+        documents: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.corpus = corpus
+        self.order = order
+        self.seq_len = seq_len
+        self.padding_id = padding_id
+        self.assistant_only = assistant_only
+        self.documents = documents
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.order.samples_per_epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        spans = _renamed(self.order.locate(index), self.documents)
+        # A piece that its document goes on behind has a label for its last token: the document's next one.
+        goes_on = spans.starts + spans.lengths < self.corpus.document_lengths[spans.documents]
+        read = spans._replace(lengths=spans.lengths + goes_on)
+        line = self.corpus.gather(read)
+        following = np.append(line[1:], IGNORE_INDEX)
+        if self.assistant_only:
+            following[~np.append(self._in_assistant_spans(read)[1:], False)] = IGNORE_INDEX
+        is_input = np.ones(len(line), dtype=np.bool_)
+        is_input[np.cumsum(read.lengths)[goes_on] - 1] = False
+        used = int(spans.lengths.sum())
+        tokens = np.full(self.seq_len, self.padding_id, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
+        tokens[:used] = line[is_input]
+        labels[:used] = following[is_input]
+        labels[np.cumsum(spans.lengths)[~goes_on] - 1] = IGNORE_INDEX
+        return Sample(tokens, labels, self._with_padding(spans), index)
+
+    def document_lengths(self, index: int) -> list[int]:
+        return self._with_padding(self.order.locate(index))
+
+    def _with_padding(self, spans: Spans) -> list[int]:
+        lengths: list[int] = spans.lengths.tolist()
+        padding = self.seq_len - sum(lengths)
+        return [*lengths, padding] if padding else lengths
+
+    def _in_assistant_spans(self, pieces: Spans) -> NDArray[np.bool_]:
+        """For every token of the pieces, laid end to end, whether the assistant says it."""
+        said = np.zeros(int(pieces.lengths.sum()), dtype=np.bool_)
+        position = 0
+        for document, start, length in zip(*(column.tolist() for column in pieces), strict=True):
+            for first, end in (self.corpus.spans(document) - start).clip(0, length).tolist():
+                said[position + first : position + end] = True
+            position += length
+        return said
+
+
+def _renamed(spans: Spans, documents: NDArray[np.int64] | None) -> Spans:
+    return spans if documents is None else spans._replace(documents=documents[spans.documents])
+
+
+def _without_last_token(lengths: NDArray[np.int64]) -> list[int]:
+    *whole, last = lengths.tolist()
+    return [*whole, last - 1] if last > 1 else whole

@@ -35,7 +35,8 @@ class Console:
             print(self._line(row), flush=True)
 
     def validation(self, row: Row) -> None:
-        self.message(f"step {row['step']}: validation loss {row['loss']:.4f} ({row['seconds']:.1f} s)")
+        source = f" {row['source']}" if row["source"] else ""
+        self.message(f"step {row['step']}: validation loss{source} {row['loss']:.4f} ({row['seconds']:.1f} s)")
 
     def close(self) -> None:
         if self.bar is not None:

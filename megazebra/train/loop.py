@@ -33,7 +33,7 @@ def _train(session: Session) -> Progress:
     while progress.step < steps:
         started = time.perf_counter()
         mesh.traffic.reset()
-        batches = [place(batch, session) for batch in session.loader.next_step(progress.samples)]
+        batches = [batch.to(session.device) for batch in session.loader.next_step(progress.samples)]
         samples = f"samples {progress.samples} to {progress.samples + batch_size - 1}"
         result = engine.train_step(batches, progress.step)
         progress = Progress(
@@ -46,13 +46,14 @@ def _train(session: Session) -> Progress:
                 result,
                 seconds=seconds,
                 data_wait_s=session.loader.wait_s,
+                epochs=session.data.epochs(progress.samples),
                 device_flops=device_flops(batches, session),
                 traffic=mesh.traffic,
                 samples=samples,
             )
         if result.skipped is not None:
             engine.guard.check(result.skipped, samples)
-        if session.validation is not None and _due(progress.step, config.validation.interval, steps):
+        if _due(progress.step, config.validation.interval, steps):
             validate(session, progress.step)
         if _due(progress.step, config.checkpoint.interval, steps):
             save(session, progress)
@@ -60,11 +61,11 @@ def _train(session: Session) -> Progress:
 
 
 def validate(session: Session, step: int) -> None:
-    assert session.validation is not None
-    started = time.perf_counter()
-    loss = session.engine.evaluate([place(batch, session) for batch in session.validation()])
-    if session.reporter is not None:
-        session.reporter.validation(step, loss, time.perf_counter() - started)
+    for name, batches in session.validation.items():
+        started = time.perf_counter()
+        loss = session.engine.evaluate([batch.to(session.device) for batch in batches()])
+        if session.reporter is not None:
+            session.reporter.validation(step, name, loss, time.perf_counter() - started)
 
 
 def save(session: Session, progress: Progress) -> None:
@@ -72,11 +73,6 @@ def save(session: Session, progress: Progress) -> None:
     folder = session.checkpoints.save(progress)
     if session.reporter is not None:
         session.reporter.checkpoint(progress.step, folder, time.perf_counter() - started)
-
-
-def place(batch: MicroBatch, session: Session) -> MicroBatch:
-    """This rank's part of the batch, on its device."""
-    return batch.context_slice(session.mesh.cp.rank, session.mesh.cp.size).to(session.device)
 
 
 def device_flops(batches: list[MicroBatch], session: Session) -> float:

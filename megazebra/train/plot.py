@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from megazebra.durable import write_atomically
 from megazebra.train.metrics import read_metrics
 
+HELD_OUT_COLORS = ("#c0392b", "#2980b9", "#27ae60", "#8e44ad", "#d68910", "#16a085")
 
-def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
-    """Draw the losses of a metrics.jsonl; `unigram` is the cross-entropy of a unigram model, in nats."""
+
+def plot_loss(metrics: Path, target: Path, unigram: Mapping[str, float]) -> None:
+    """Draw the losses of a metrics.jsonl; `unigram`: losses of a unigram model by held-out corpus, in nats."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,16 +23,20 @@ def plot_loss(metrics: Path, target: Path, unigram: float | None) -> None:
     rows = read_metrics(metrics)
     tokens_at = {row["step"]: row["tokens"] for row in rows if row["kind"] == "train"}
     train = [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "train" and row["loss"] is not None]
-    validation = [(tokens_at[row["step"]], row["loss"]) for row in rows if row["kind"] == "validation"]
+    validation: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["kind"] == "validation":
+            validation.setdefault(row["source"], []).append((tokens_at[row["step"]], row["loss"]))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     if train:
         tokens, losses = zip(*train, strict=True)
         axes.plot(tokens, losses, color="#c8c8c8", linewidth=0.8, label="training, each step")
         axes.plot(tokens, _running_mean(losses), color="#333333", linewidth=1.3, label="training, running mean")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="#c0392b", markersize=4, label="validation")
-    if unigram is not None:
-        axes.axhline(unigram, color="#2980b9", linestyle="--", linewidth=1, label="unigram model (validation)")
+    for (source, points), color in zip(validation.items(), cycle(HELD_OUT_COLORS), strict=False):
+        name = f"validation {source}".rstrip()
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
+        if source in unigram:
+            axes.axhline(unigram[source], color=color, linestyle="--", linewidth=1, label=f"unigram model ({name})")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)

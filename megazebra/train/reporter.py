@@ -24,12 +24,12 @@ _FINAL_MEAN_STEPS = 20  # at most; a tenth of a short run
 class Reporter:
     """Reports of rank 0.
 
-    device_name: as the maker calls it, for MFU. unigram: cross-entropy of a unigram model on the validation
-    corpus in nats, None where it is not known.
+    device_name: as the maker calls it, for MFU. unigram: cross-entropy of a unigram model on the held-out corpora
+    in nats, by their names, where it is known.
     """
 
     def __init__(
-        self, config: Config, progress: Progress, device: Any, device_name: str, unigram: float | None
+        self, config: Config, progress: Progress, device: Any, device_name: str, unigram: dict[str, float]
     ) -> None:
         self.config = config
         self.device = device
@@ -52,6 +52,7 @@ class Reporter:
         *,
         seconds: float,
         data_wait_s: float,
+        epochs: dict[str, float],
         device_flops: float,
         traffic: TrafficCounter,
         samples: str,
@@ -67,6 +68,7 @@ class Reporter:
             "lr": result.lr,
             "step_time_s": seconds,
             "data_wait_s": data_wait_s,
+            "epochs": epochs,
             "tokens_per_s": tokens / seconds,
             "flops_per_s": device_flops / seconds,
             "mfu": device_flops / seconds / self.peak if self.peak else None,
@@ -79,8 +81,8 @@ class Reporter:
         self._record(row)
         self.console.step(row)
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        row = {"kind": "validation", "step": step, "loss": loss, "seconds": seconds}
+    def validation(self, step: int, source: str, loss: float, seconds: float) -> None:
+        row = {"kind": "validation", "step": step, "source": source, "loss": loss, "seconds": seconds}
         self._record(row)
         self.console.validation(row)
 
@@ -109,7 +111,8 @@ class Reporter:
     def _summary(self, progress: Progress, skips: int) -> list[str]:
         rows = read_metrics(self.metrics.path)
         losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
-        validation = [row["loss"] for row in rows if row["kind"] == "validation"]
+        validation = {row["source"]: row["loss"] for row in rows if row["kind"] == "validation"}  # the last of each
+        epochs = [row["epochs"] for row in rows if row["kind"] == "train"][-1:]
         minutes, seconds = divmod(time.perf_counter() - self.started, 60)
         done = progress.step - self.first.step
         lines = [
@@ -122,9 +125,12 @@ class Reporter:
             mean = sum(last) / len(last)
             chance = f"began at {losses[0]:.4f}, ln(vocabulary) is {math.log(self.config.model.vocab_size):.4f}"
             lines.append(f"  train loss       {mean:.4f}  (mean of the last {len(last)} steps; {chance})")
-        if validation:
-            bar = "" if self.unigram is None else f"  (the bar to beat, a unigram model: {self.unigram:.4f})"
-            lines.append(f"  validation loss  {validation[-1]:.4f}{bar}")
+        for source, loss in validation.items():
+            bar = f"  (the bar to beat, a unigram model: {self.unigram[source]:.4f})" if source in self.unigram else ""
+            lines.append(f"  validation loss  {loss:.4f}{f'  {source}' if source else ''}{bar}")
+        if epochs and len(epochs[0]) > 1:
+            gone_through = ", ".join(f"{source} {count:.2f}" for source, count in epochs[0].items())
+            lines.append(f"  epochs           {gone_through}")
         lines.append(f"  written to {self.folder}:")
         lines += [f"    {name}" for name in ("metrics.jsonl", "loss.png", "config.yaml")]
         latest = (self.folder / "checkpoints" / "latest").read_text().strip()

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint
 from megazebra.config import Config, save_config
 from megazebra.data.batch import MicroBatch
-from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.errors import CorpusError
+from megazebra.data.index import builder
 from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
-from megazebra.data.samples import CorpusSamples
+from megazebra.data.sources import Source, TrainingData, open_training_data, open_validation_data
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.parallel.mesh import ParallelMesh
-from megazebra.plan.flops import parameter_count
+from megazebra.plan.flops import parameter_count, training_flops
 from megazebra.train.deepspeed_config import effective_zero_stage
 from megazebra.train.engine import TrainEngine, start_deepspeed
 from megazebra.train.reporter import Reporter
@@ -30,14 +31,17 @@ from megazebra.train.trackers import check_trackers
 
 @dataclass
 class Session:
-    """validation() gives this rank's held-out micro-batches; reporter is None on all ranks but 0."""
+    """validation: for every held-out corpus, what gives this rank's micro-batches of it; the name of
+    data.validation_path is ''. reporter is None on all ranks but 0.
+    """
 
     config: Config
     device: torch.device
     mesh: ParallelMesh
     engine: TrainEngine
     loader: PrefetchingLoader
-    validation: Callable[[], list[MicroBatch]] | None
+    data: TrainingData
+    validation: dict[str, Callable[[], list[MicroBatch]]]
     checkpoints: Checkpoints
     progress: Progress
     reporter: Reporter | None
@@ -50,35 +54,36 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     Raises ValueError (data, backend, run folder) and CheckpointError, before anything is written.
     """
     device = _device()
-    train_corpus, held_out, held_out_samples = _open_corpora(config)
+    data, held_out = open_training_data(config), open_validation_data(config)
     _check_run_folder(config)
     check_trackers(config)
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)
-    samples = CorpusSamples(train_corpus, config.data.seq_len, config.train.seed)
+    _check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
-        print(*_introduction(config, mesh, device, train_corpus, samples, runtime.backend.reason), sep="\n", flush=True)
+        print(*_introduction(config, mesh, device, data, runtime.backend.reason), sep="\n", flush=True)
     engine = TrainEngine(config, mesh, device, deepspeed_config, lambda: build_model(config, mesh, runtime), forward)
-    checkpoints = Checkpoints(config, engine, train_corpus.fingerprint)
+    checkpoints = Checkpoints(config, engine, data.identity)
     progress = checkpoints.resume()
     loader = PrefetchingLoader(
         StepLoader(
-            samples,
+            data,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
             document_mask=config.data.document_mask,
-        )
+            cost=_attention_cost(config),
+        ),
+        stage=_staging(mesh, device),
     )
     reporter = None
     if mesh.world.rank == 0:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.run.dir) / "config.yaml")
-        unigram = held_out.meta.unigram_cross_entropy if held_out and held_out.meta else None
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        reporter = Reporter(config, progress, device, device_name, unigram)
+        reporter = Reporter(config, progress, device, device_name, _unigram_bars(held_out))
         if progress.step:
             reporter.message(f"resumed  after step {progress.step}")
         if progress.step >= config.train.steps:
@@ -89,7 +94,8 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
         mesh=mesh,
         engine=engine,
         loader=loader,
-        validation=None if held_out_samples is None else _validation(config, mesh, held_out_samples),
+        data=data,
+        validation={name: _validation(config, mesh, source) for name, source in held_out.items()},
         checkpoints=checkpoints,
         progress=progress,
         reporter=reporter,
@@ -116,29 +122,61 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _open_corpora(config: Config) -> tuple[Corpus, Corpus | None, CorpusSamples | None]:
-    if config.data.path is None:
-        raise ValueError("data.path is not set; give the prefix of a corpus that tools/preprocess_data.py has written")
-    train = Corpus.open(config.data.path, vocab_size=config.model.vocab_size)
-    if config.data.validation_path is None:
-        return train, None, None
-    held_out = Corpus.open(
-        config.data.validation_path, vocab_size=config.model.vocab_size, field="data.validation_path"
-    )
-    return train, held_out, CorpusSamples(held_out, config.data.seq_len, shuffle=False)
+def _check_same_everywhere(mesh: ParallelMesh, data: TrainingData, held_out: dict[str, Source]) -> None:
+    """Every node may have the corpora on a disk of its own: the copies have to be equal."""
+    mine = data.identity | {f"held-out corpus {name}".rstrip(): s.corpus.fingerprint for name, s in held_out.items()}
+    seen: list[dict[str, str]] = [mine] * mesh.world.size
+    dist.all_gather_object(seen, mine)
+    for rank, theirs in enumerate(seen):
+        different = [name for name, value in seen[0].items() if theirs.get(name) != value]
+        if different:
+            raise CorpusError(
+                f"ranks 0 and {rank} read different data ({', '.join(different)}); copy the same files to every node"
+            )
 
 
-def _validation(config: Config, mesh: ParallelMesh, samples: CorpusSamples) -> Callable[[], list[MicroBatch]]:
-    return lambda: list(
-        validation_batches(
-            samples,
+def _attention_cost(config: Config) -> Callable[[list[int]], float] | None:
+    """What a sample costs, by the windows of the layers; None where all samples cost the same or nobody asks."""
+    if not (config.data.balance and config.data.document_mask):
+        return None
+    return lambda document_lengths: training_flops(config.model, document_lengths)
+
+
+def _staging(mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch], MicroBatch]:
+    """What the data thread does with a micro-batch after it is put together."""
+
+    def stage(batch: MicroBatch) -> MicroBatch:
+        part = batch.context_slice(mesh.cp.rank, mesh.cp.size)
+        if device.type != "cuda":
+            return part
+        torch.cuda.set_device(device)  # of this thread: pinning on another GPU would take memory there
+        return part.pinned()
+
+    return stage
+
+
+def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[[], list[MicroBatch]]:
+    return lambda: [
+        batch.context_slice(mesh.cp.rank, mesh.cp.size)
+        for batch in validation_batches(
+            source.samples,
             config.validation.samples,
             micro_batch_size=config.train.micro_batch_size,
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
             document_mask=config.data.document_mask,
         )
-    )
+    ]
+
+
+def _unigram_bars(held_out: dict[str, Source]) -> dict[str, float]:
+    """Losses of a unigram model, where the corpora's sidecars know them."""
+    metas = {name: source.corpus.meta for name, source in held_out.items()}
+    return {
+        name: meta.unigram_cross_entropy
+        for name, meta in metas.items()
+        if meta is not None and meta.unigram_cross_entropy is not None
+    }
 
 
 def _check_run_folder(config: Config) -> None:
@@ -151,20 +189,13 @@ def _check_run_folder(config: Config) -> None:
 
 
 def _introduction(
-    config: Config,
-    mesh: ParallelMesh,
-    device: torch.device,
-    corpus: Corpus,
-    samples: CorpusSamples,
-    backend: str,
+    config: Config, mesh: ParallelMesh, device: torch.device, data: TrainingData, backend: str
 ) -> Iterator[str]:
     symbols = "".join("L" if spec.is_local else "G" for spec in config.model.attention_specs())
     millions = parameter_count(config.model) / 1e6
     stage = effective_zero_stage(config)
     because = "" if stage == config.parallel.zero_stage else f" (parallel.zero_stage=0 runs as {stage} in bf16)"
     sequence_parallel = "on" if config.parallel.sequence_parallel and mesh.tp.size > 1 else "off"
-    steps, batch_size = config.train.steps, config.train.global_batch_size
-    epochs = steps * batch_size / samples.samples_per_epoch
     yield f"run      {config.run.dir}"
     yield f"model    {millions:,.1f} M parameters, layers {symbols}, window {config.model.window}"
     yield (
@@ -172,7 +203,16 @@ def _introduction(
         f"sequence parallel {sequence_parallel}, {device.type}"
     )
     yield f"kernels  {backend}"
-    yield (
-        f"data     {corpus.tokens:,} tokens in {corpus.documents:,} documents; {steps} steps of "
-        f"{batch_size * config.data.seq_len:,} tokens are {epochs:.2f} epochs"
-    )
+    steps, batch_size = config.train.steps, config.train.global_batch_size
+    epochs = data.epochs(steps * batch_size)
+    yield f"data     {steps} steps of {batch_size * config.data.seq_len:,} tokens; index builder: {builder.describe()}"
+    for source, share in zip(data.sources, data.shares, strict=True):
+        kind = "conversations" if source.corpus.has_spans else "documents"
+        drawn = "" if len(data.sources) == 1 else f", {share:.1%} of the samples"
+        yield (
+            f"  {source.name}: {source.tokens:,} tokens in {source.documents:,} {kind}{drawn}, "
+            f"{epochs[source.name]:.2f} epochs"
+        )
+        if source.too_long:
+            done = "left out" if config.data.overlong == "drop" else f"cut to {config.data.seq_len} tokens"
+            yield f"    {source.too_long:,} conversations longer than data.seq_len are {done}"

@@ -32,7 +32,7 @@ class TensorBoard:
 
     def log(self, row: Row) -> None:
         for name, value in _numbers(row).items():
-            self.writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+            self.writer.add_scalar(name, value, row["step"])
 
     def close(self, failed: bool) -> None:
         self.writer.close()
@@ -65,7 +65,7 @@ class Wandb:
             self.run = wandb.init(mode="offline", **options)
 
     def log(self, row: Row) -> None:
-        self.run.log({f"{row['kind']}/{name}": value for name, value in _numbers(row).items()}, step=row["step"])
+        self.run.log(_numbers(row), step=row["step"])
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -112,7 +112,11 @@ def open_trackers(config: Config, first_step: int) -> Trackers:
 
 
 def _numbers(row: Row) -> dict[str, float]:
-    return {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+    """A row's numbers under the names they are charted by: train/loss, train/epochs/code, validation/code/loss."""
+    prefix = "/".join(filter(None, (row["kind"], row.get("source"))))
+    plain = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+    plain |= {f"epochs/{source}": count for source, count in row.get("epochs", {}).items()}
+    return {f"{prefix}/{name}": value for name, value in plain.items()}
 
 
 def _has_key() -> bool:

@@ -15,6 +15,7 @@ from megazebra.models.initialization import full_weights
 from megazebra.train.engine import TrainEngine, start_deepspeed
 
 STEPS, STOP = 4, 2
+DATA = {"order": "none", "source a": "corpus 1"}
 
 
 def weights_of(engine: TrainEngine) -> dict[str, Tensor]:
@@ -32,12 +33,12 @@ def train_with_and_without_stop(configs: list[Config]) -> list[tuple[Trajectory,
 
         engine = make_engine(config)
         losses, norms = run_steps(engine, config, range(STOP))
-        Checkpoints(config, engine, "corpus").save(Progress(STOP, STOP * 4, STOP * 128))
+        Checkpoints(config, engine, DATA).save(Progress(STOP, STOP * 4, STOP * 128))
         engine.deepspeed.destroy()
 
         # Other weights than the checkpoint's, so that whatever is not restored shows.
         engine = make_engine(config)
-        progress = Checkpoints(config, engine, "corpus").resume()
+        progress = Checkpoints(config, engine, DATA).resume()
         assert progress == Progress(STOP, STOP * 4, STOP * 128)
         assert list(engine.guard.losses) == losses
         more_losses, more_norms = run_steps(engine, config, range(progress.step, STEPS))
@@ -78,17 +79,17 @@ def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
                 assert weight.equal(resumed.weights[name]), (case, name)
 
 
-def resume_under(saved: Config, others: list[tuple[Config, str]]) -> list[str]:
-    """Messages of the refusals when `saved`'s checkpoint is resumed under other configurations or corpora."""
+def resume_under(saved: Config, others: list[tuple[Config, dict[str, str]]]) -> list[str]:
+    """Messages of the refusals when `saved`'s checkpoint is resumed under other configurations or data."""
     start_deepspeed(CPU, timeout_s=60)
     engine = make_engine(saved)
-    Checkpoints(saved, engine, "corpus").save(Progress(1, 4, 128))
+    Checkpoints(saved, engine, DATA).save(Progress(1, 4, 128))
     engine.deepspeed.destroy()
     messages = []
-    for config, corpus in others:
+    for config, data in others:
         engine = make_engine(config)
         try:
-            Checkpoints(config, engine, corpus).resume()
+            Checkpoints(config, engine, data).resume()
             messages.append("resumed")
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
@@ -105,9 +106,9 @@ def test_refuses_what_is_another_run_and_names_it() -> None:
             {"optimizer__name": "sgd"},
             {"parallel__zero_stage": 2},
         ]
-        others = [(tiny_config(run__dir=folder, **change), "corpus") for change in changed]
-        others.append((tiny_config(run__dir=folder), "another corpus"))
-        same, continued, model, optimizer, stage, corpus = run_distributed(
+        others = [(tiny_config(run__dir=folder, **change), DATA) for change in changed]
+        others.append((tiny_config(run__dir=folder), {"order": "none", "source b": "corpus 2"}))
+        same, continued, model, optimizer, stage, data = run_distributed(
             resume_under, 1, tiny_config(run__dir=folder), others
         )[0]
     assert same == "resumed"
@@ -116,5 +117,6 @@ def test_refuses_what_is_another_run_and_names_it() -> None:
     assert "model.window=5 there, 7 here" in model
     assert "optimizer.name='adamw' there, 'sgd' here" in optimizer
     assert "zero_stage size 0 there, 2 here" in stage
-    assert "corpus" in corpus
-    assert "choose another run.dir" in corpus
+    assert "the training data's source a: corpus 1 there, none here" in data
+    assert "the training data's source b: none there, corpus 2 here" in data
+    assert "choose another run.dir" in data

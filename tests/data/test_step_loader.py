@@ -11,9 +11,9 @@ import torch
 from megazebra.data.batch import collate
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.errors import CorpusError
+from megazebra.data.index.order import SampleOrder
 from megazebra.data.loader import StepLoader, validation_batches
-from megazebra.data.samples import CorpusSamples, Sample
+from megazebra.data.samples import ChunkedSamples, Sample
 from megazebra.labels import IGNORE_INDEX
 
 EOD = 0
@@ -30,14 +30,20 @@ def corpus(tmp_path_factory):
     return Corpus.open(prefix)
 
 
+def chunked(corpus: Corpus, *, seed: int = 1, shuffle: bool = True, document_mask: bool = True) -> ChunkedSamples:
+    order = SampleOrder(corpus.layout, SEQ_LEN, seed, corpus.fingerprint, shuffle=shuffle)
+    return ChunkedSamples(corpus, order, document_mask=document_mask)
+
+
 @pytest.fixture(scope="module")
 def samples(corpus):
-    return CorpusSamples(corpus, SEQ_LEN, seed=1)
+    return chunked(corpus)
 
 
-def naive_rows(corpus: Corpus, samples: CorpusSamples, index: int, document_mask: bool):
+def naive_rows(corpus: Corpus, samples: ChunkedSamples, index: int, document_mask: bool):
     """Tokens, labels, positions and document lengths, one token at a time."""
-    line = [(d, int(t)) for d, start, n in samples.order.locate(index) for t in corpus.read(d, start, n)]
+    spans = zip(*(column.tolist() for column in samples.order.locate(index)), strict=True)
+    line = [(d, int(t)) for d, start, n in spans for t in corpus.read(d, start, n)]
     tokens, labels, positions, lengths = [], [], [], []
     document = None
     for here, after in itertools.pairwise(line):
@@ -52,7 +58,8 @@ def naive_rows(corpus: Corpus, samples: CorpusSamples, index: int, document_mask
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_rows_match_the_naive_construction(corpus, samples, document_mask):
+def test_rows_match_the_naive_construction(corpus, document_mask):
+    samples = chunked(corpus, document_mask=document_mask)
     indices = list(range(samples.samples_per_epoch))
     batch = collate([samples[i] for i in indices], document_mask=document_mask)
     expected = [naive_rows(corpus, samples, i, document_mask) for i in indices]
@@ -72,12 +79,14 @@ def test_every_end_of_document_is_without_label_under_the_mask(samples):
     assert torch.equal(batch.labels_BS == IGNORE_INDEX, batch.tokens_BS == EOD)
 
 
-def test_document_that_ends_with_the_inputs():
+@pytest.mark.parametrize(("document_mask", "label"), [(True, IGNORE_INDEX), (False, 3)])
+def test_document_that_ends_with_the_inputs(tmp_path, document_mask, label):
     """Its label would be the next document's first token, which lies only in the L + 1st place."""
-    sample = Sample(np.array([5, 6, 0, 7]), [3, 1], 0)
-    assert sample.document_lengths == [3]
-    assert collate([sample], document_mask=True).labels_BS.tolist() == [[6, 0, IGNORE_INDEX]]
-    assert collate([sample], document_mask=False).labels_BS.tolist() == [[6, 0, 7]]
+    with CorpusWriter(tmp_path / "two", vocab_size=10) as writer:
+        writer.add_documents([[1] * (SEQ_LEN - 1) + [EOD], [3] * SEQ_LEN])
+    sample = chunked(Corpus.open(tmp_path / "two"), shuffle=False, document_mask=document_mask)[0]
+    assert sample.document_lengths == [SEQ_LEN]
+    assert sample.labels.tolist() == [1] * (SEQ_LEN - 2) + [EOD, label]
 
 
 def test_batch_moves_to_a_device(samples):
@@ -108,7 +117,7 @@ def step_rows(samples, consumed, dp_size, micro_batch_size, global_batch_size=8)
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_same_samples_whatever_the_layout(samples, dp_size, micro_batch_size):
-    expected = [(i, samples[i].tokens[:-1].tolist()) for i in range(32)]
+    expected = [(i, samples[i].tokens.tolist()) for i in range(32)]
     found = [row for step in range(4) for row in step_rows(samples, 8 * step, dp_size, micro_batch_size)]
     assert found == expected
 
@@ -117,7 +126,7 @@ def test_resuming_continues_the_undisturbed_run(corpus, samples):
     """From any integer, under another layout, in a fresh process's objects, across an epoch."""
     start = samples.samples_per_epoch - 12
     undisturbed = [row for step in range(4) for row in step_rows(samples, start + 8 * step, 1, 4)]
-    fresh = CorpusSamples(corpus, SEQ_LEN, seed=1)
+    fresh = chunked(corpus)
     resumed = [row for step in range(2, 4) for row in step_rows(fresh, start + 8 * step, 4, 1)]
     assert resumed == undisturbed[16:]
 
@@ -133,7 +142,7 @@ def test_unequal_micro_batches_are_refused(samples):
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("num_samples", [1, 10, 10_000])
 def test_validation_is_the_same_set_in_equal_counts(corpus, dp_size, micro_batch_size, num_samples):
-    samples = CorpusSamples(corpus, SEQ_LEN, shuffle=False)
+    samples = chunked(corpus, shuffle=False)
     ranks = [
         list(validation_batches(samples, num_samples, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)
@@ -150,6 +159,40 @@ def test_validation_is_the_same_set_in_equal_counts(corpus, dp_size, micro_batch
             assert index >= 0 or (batch.labels_BS[row] == IGNORE_INDEX).all()
 
 
-def test_corpus_smaller_than_a_sample_is_named(corpus):
-    with pytest.raises(CorpusError, match=r"train' has .* lower data\.seq_len"):
-        CorpusSamples(corpus, 10**6)
+class DocumentsOnly:
+    """Samples whose cost is all that matters: document i is as long as it is dear."""
+
+    def __init__(self, lengths: list[list[int]]) -> None:
+        self.lengths = lengths
+
+    def document_lengths(self, index: int) -> list[int]:
+        return self.lengths[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(np.zeros(SEQ_LEN, np.int64), np.zeros(SEQ_LEN, np.int64), self.lengths[index], index)
+
+
+def squares(document_lengths: list[int]) -> float:
+    return float(sum(length**2 for length in document_lengths))
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_balanced_ranks_take_the_same_samples_with_even_work(dp_size):
+    random = np.random.default_rng(3)
+    samples = DocumentsOnly([[n, SEQ_LEN - n] for n in random.integers(1, SEQ_LEN // 2, 64).tolist()])
+    ranks = []
+    for rank in range(dp_size):
+        loader = StepLoader(
+            samples, global_batch_size=32, micro_batch_size=2, dp_rank=rank, dp_size=dp_size, cost=squares
+        )
+        ranks.append([batch.sample_indices for batch in loader.next_step(32)])
+    taken = [[i for batch in batches for i in batch] for batches in ranks]
+    assert sorted(i for rank in taken for i in rank) == list(range(32, 64))
+    assert {len(rank) for rank in taken} == {32 // dp_size}
+    work = [sum(squares(samples.lengths[i]) for i in rank) for rank in taken]
+    neighbours = [
+        sum(squares(samples.lengths[i]) for i in range(32 + r * 32 // dp_size, 32 + (r + 1) * 32 // dp_size))
+        for r in range(dp_size)
+    ]
+    assert max(work) <= max(neighbours)
+    assert max(work) - min(work) <= SEQ_LEN**2 / 2  # no more than two samples can differ by

@@ -56,10 +56,12 @@ def test_the_loss_of_a_micro_batch(document_mask: bool) -> None:
     model = build_model(config, mesh, model_runtime(config, CPU))
     initialize(model, config.model, 1, mesh.tp)
     rows = np.random.default_rng(0).integers(0, 61, (2, 25))
-    batch = collate([Sample(rows[0], [10, 15], 0), Sample(rows[1], [25], 1)], document_mask=document_mask)
+    tokens, labels = rows[:, :-1], rows[:, 1:]
+    samples = [Sample(tokens[0], labels[0], [10, 14], 0), Sample(tokens[1], labels[1], [24], 1)]
+    batch = collate(samples, document_mask=document_mask)
     packing = Packing.from_document_lengths([[10, 14], [24]]) if document_mask else None
     expected = model(batch.tokens_BS, batch.labels_BS, batch.positions_BS, packing)
     assert torch.equal(forward(model, batch), expected)
     # Rows of one document each need no packing.
-    whole = collate([Sample(row, [25], i) for i, row in enumerate(rows)], document_mask=document_mask)
+    whole = collate([Sample(tokens[i], labels[i], [24], i) for i in range(2)], document_mask=document_mask)
     assert torch.equal(forward(model, whole), model(whole.tokens_BS, whole.labels_BS))

@@ -12,6 +12,7 @@ from torch import Tensor
 from megazebra.config.schema import Config
 from megazebra.data.batch import MicroBatch, collate
 from megazebra.data.samples import Sample
+from megazebra.labels import IGNORE_INDEX
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.models.initialization import full_weights, initialize
 from megazebra.parallel.mesh import ParallelMesh
@@ -73,7 +74,11 @@ class RandomSamples:
         cuts = np.sort(random.choice(np.arange(1, self.seq_len), size=index % 3, replace=False))
         lengths = np.diff([0, *cuts, self.seq_len + 1]).tolist()
         mask = random.random(self.seq_len) < (0.3 if index % 2 else 0.9)
-        return Sample(tokens, lengths, index, mask)
+        labels = tokens[1:].copy()
+        labels[np.cumsum(lengths[:-1], dtype=np.int64) - 1] = IGNORE_INDEX
+        labels[~mask] = IGNORE_INDEX
+        *whole, last = lengths
+        return Sample(tokens[:-1], labels, [*whole, last - 1] if last > 1 else whole, index)
 
 
 def step_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:

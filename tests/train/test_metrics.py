@@ -27,7 +27,7 @@ def write(path: Path, steps: range, resumed_step: int = 0) -> None:
     for step in steps:
         metrics.write({**ROW, "step": step, "tokens": 64 * step, "loss": 3.0 / step})
         if step % 2 == 0:
-            metrics.write({"kind": "validation", "step": step, "loss": 3.1 / step, "seconds": 0.1})
+            metrics.write({"kind": "validation", "step": step, "source": "", "loss": 3.1 / step, "seconds": 0.1})
     metrics.close()
 
 
@@ -61,7 +61,7 @@ def test_rows_are_json_whatever_the_loss(tmp_path: Path) -> None:
 
 def test_the_plot_is_a_picture_of_both_losses(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", range(1, 9))
-    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", unigram=2.0)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", unigram={"": 2.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
