@@ -13,6 +13,9 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// Into the second-level cache, where more misses may be under way at once than in the first.
+void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
 // MT19937 (Matsumoto and Nishimura 1998). std::mt19937 gives the same numbers at a quarter of the speed: here the
 // 624 of a turn are made at once, in loops that the compiler vectorizes.
 class RandomState {
@@ -23,7 +26,7 @@ public:
     }
 
     // Fisher-Yates from the top, each partner the first of the masked draws that is not beyond its element. Partners
-    // are drawn ahead, and rejected without a branch, so that their memory is fetched in parallel.
+    // are drawn ahead, so that their memory is fetched in parallel, and rejected without a branch.
     template <typename T>
     void shuffle(py::array_t<T, py::array::c_style>& array) {
         if (array.ndim() != 1) throw py::value_error("an array of one dimension is needed");
@@ -41,6 +44,7 @@ public:
                 partners[drawn] = next() & mask;
                 drawn += partners[drawn] <= top - drawn;
             }
+            for (uint64_t i = 0; i < count; ++i) prefetch(values + partners[i]);
             for (uint64_t i = 0; i < count; ++i, --top) std::swap(values[top], values[partners[i]]);
         }
     }
@@ -89,7 +93,8 @@ py::array_t<int64_t> listed_block_starts(const Array<Length>& lengths, const Arr
     int64_t tokens = 0;
     *starts++ = 0;
     for (int64_t first = 0; first < count; first += block_documents) {
-        const int64_t last = std::min(first + block_documents, count);
+        const int64_t last = std::min(first + block_documents, count), next = std::min(last + block_documents, count);
+        for (int64_t i = last; i < next; ++i) prefetch(length + document[i]);
         for (int64_t i = first; i < last; ++i) tokens += length[document[i]];
         *starts++ = tokens;
     }

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_index_builder, module) {
     bind_gather(module);
     bind_megatron_order(module);
     bind_balance(module);
+    bind_boundaries(module);
     bind_blend(module);
     bind_buckets(module);
     bind_packing(module);

@@ -73,19 +73,12 @@ class MicroBatch:
 
 
 def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
-    """Samples of one length as a MicroBatch of CPU tensors. With document_mask, positions restart at every document."""
+    """Samples of one length as a MicroBatch of CPU tensors; without document_mask it forgets their documents."""
     labels = _rows([sample.labels for sample in samples])
-    ramp = np.arange(labels.shape[1])
-    positions = np.empty_like(labels)
-    for row, sample in zip(positions, samples, strict=True):
-        start = 0
-        for length in sample.document_lengths if document_mask else [len(ramp)]:
-            row[start : start + length] = ramp[:length]
-            start += length
     return MicroBatch(
         torch.from_numpy(_rows([sample.tokens for sample in samples])),
         torch.from_numpy(labels),
-        torch.from_numpy(positions),
+        torch.from_numpy(_rows([sample.positions for sample in samples])),
         [sample.document_lengths for sample in samples] if document_mask else None,
         [sample.index for sample in samples],
         int(np.count_nonzero(labels != IGNORE_INDEX)),

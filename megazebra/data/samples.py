@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.index.boundaries import chunk_labels, document_positions
 from megazebra.data.index.order import Spans
 from megazebra.labels import IGNORE_INDEX
 
@@ -23,12 +24,14 @@ class Sample:
     """One training sequence of L tokens.
 
     tokens: int64 [L]. labels: int64 [L], the token after each, IGNORE_INDEX where none counts.
+    positions: int64 [L], from 0 in every document where documents are masked, else from 0 to L - 1.
     document_lengths: tokens of each document's piece in turn, padding as the last, adding up to L.
     index: its place in the order; -1 for one that only fills a batch.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
     document_lengths: list[int]
     index: int
 
@@ -81,11 +84,12 @@ class ChunkedSamples:
     def __getitem__(self, index: int) -> Sample:
         spans = self.order.locate(index)
         line = self.corpus.gather(_renamed(spans, self.documents))
-        labels = line[1:]
+        lengths = _without_last_token(spans.lengths)
         if self.document_mask:
-            labels = labels.copy()
-            labels[np.cumsum(spans.lengths[:-1]) - 1] = IGNORE_INDEX
-        return Sample(line[:-1], labels, _without_last_token(spans.lengths), index)
+            labels, positions = chunk_labels(line, spans.lengths), document_positions(lengths)
+        else:
+            labels, positions = line[1:], np.arange(len(line) - 1)
+        return Sample(line[:-1], labels, positions, lengths, index)
 
     def document_lengths(self, index: int) -> list[int]:
         return _without_last_token(self.order.locate(index).lengths)
@@ -136,7 +140,8 @@ class PackedSamples:
         tokens[:used] = line[is_input]
         labels[:used] = following[is_input]
         labels[np.cumsum(spans.lengths)[~goes_on] - 1] = IGNORE_INDEX
-        return Sample(tokens, labels, self._with_padding(spans), index)
+        lengths = self._with_padding(spans)
+        return Sample(tokens, labels, document_positions(lengths), lengths, index)
 
     def document_lengths(self, index: int) -> list[int]:
         return self._with_padding(self.order.locate(index))

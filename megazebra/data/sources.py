@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +52,7 @@ class TrainingData:
 
     def __getitem__(self, index: int) -> Sample:
         source, own_index = self._locate(index)
-        sample = self.sources[source].samples[own_index]
-        return Sample(sample.tokens, sample.labels, sample.document_lengths, index)
+        return replace(self.sources[source].samples[own_index], index=index)
 
     def document_lengths(self, index: int) -> list[int]:
         source, own_index = self._locate(index)

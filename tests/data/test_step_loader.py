@@ -169,7 +169,8 @@ class DocumentsOnly:
         return self.lengths[index]
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(np.zeros(SEQ_LEN, np.int64), np.zeros(SEQ_LEN, np.int64), self.lengths[index], index)
+        row = np.zeros(SEQ_LEN, np.int64)
+        return Sample(row, row, row, self.lengths[index], index)
 
 
 def squares(document_lengths: list[int]) -> float:

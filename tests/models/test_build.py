@@ -9,6 +9,7 @@ import torch
 from megazebra.attention.packing import Packing
 from megazebra.config import Config, ParallelConfig
 from megazebra.data.batch import collate
+from megazebra.data.index.boundaries import document_positions
 from megazebra.data.samples import Sample
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.models.initialization import initialize
@@ -57,11 +58,15 @@ def test_the_loss_of_a_micro_batch(document_mask: bool) -> None:
     initialize(model, config.model, 1, mesh.tp)
     rows = np.random.default_rng(0).integers(0, 61, (2, 25))
     tokens, labels = rows[:, :-1], rows[:, 1:]
-    samples = [Sample(tokens[0], labels[0], [10, 14], 0), Sample(tokens[1], labels[1], [24], 1)]
+
+    def sample(tokens: np.ndarray, labels: np.ndarray, lengths: list[int]) -> Sample:
+        return Sample(tokens, labels, document_positions(lengths if document_mask else [24]), lengths, 0)
+
+    samples = [sample(tokens[0], labels[0], [10, 14]), sample(tokens[1], labels[1], [24])]
     batch = collate(samples, document_mask=document_mask)
     packing = Packing.from_document_lengths([[10, 14], [24]]) if document_mask else None
     expected = model(batch.tokens_BS, batch.labels_BS, batch.positions_BS, packing)
     assert torch.equal(forward(model, batch), expected)
     # Rows of one document each need no packing.
-    whole = collate([Sample(tokens[i], labels[i], [24], i) for i in range(2)], document_mask=document_mask)
+    whole = collate([sample(tokens[i], labels[i], [24]) for i in range(2)], document_mask=document_mask)
     assert torch.equal(forward(model, whole), model(whole.tokens_BS, whole.labels_BS))

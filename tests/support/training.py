@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megazebra.config.schema import Config
 from megazebra.data.batch import MicroBatch, collate
+from megazebra.data.index.boundaries import document_positions
 from megazebra.data.samples import Sample
 from megazebra.labels import IGNORE_INDEX
 from megazebra.models.build import build_model, forward, model_runtime
@@ -78,7 +79,8 @@ class RandomSamples:
         labels[np.cumsum(lengths[:-1], dtype=np.int64) - 1] = IGNORE_INDEX
         labels[~mask] = IGNORE_INDEX
         *whole, last = lengths
-        return Sample(tokens[:-1], labels, [*whole, last - 1] if last > 1 else whole, index)
+        lengths = [*whole, last - 1] if last > 1 else whole
+        return Sample(tokens[:-1], labels, document_positions(lengths), lengths, index)
 
 
 def step_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:

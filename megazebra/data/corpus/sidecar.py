@@ -77,6 +77,10 @@ def read_meta(path: Path) -> CorpusMeta | None:
         raise CorpusError(f"{path} is no {FORMAT} of version {VERSION}; {MEND}")
     known = {field.name for field in dataclasses.fields(CorpusMeta)}
     wrong = [name for name, kind in _CHECKED.items() if not isinstance(fields.get(name), kind)]
+    if not wrong and fields["checksum_block_bytes"] < 1:
+        wrong.append("checksum_block_bytes")
+    if not wrong and not all(isinstance(checksum, int) for checksum in fields["bin_crc32"]):
+        wrong.append("bin_crc32")
     if wrong:
         raise CorpusError(f"{path} has no usable {', '.join(wrong)}; {MEND}")
     fields.setdefault("eod_id", None)

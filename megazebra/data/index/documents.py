@@ -23,8 +23,9 @@ class Documents:
         if (builder := native()) is not None:
             self.block_starts: NDArray[np.int64] = builder.block_starts(self.lengths, block_documents)
         else:
-            firsts = np.arange(0, len(lengths), block_documents)
-            self.block_starts = end_to_end(np.add.reduceat(self.lengths, firsts, dtype=np.int64))
+            firsts = range(0, len(lengths), block_documents)
+            blocks = (self.lengths[first : first + block_documents].sum(dtype=np.int64) for first in firsts)
+            self.block_starts = end_to_end(np.fromiter(blocks, dtype=np.int64, count=len(firsts)))
         self.tokens = int(self.block_starts[-1])
 
     def __len__(self) -> int:

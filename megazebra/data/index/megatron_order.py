@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.builder import native
-from megazebra.data.index.documents import end_to_end, kernel_lengths
+from megazebra.data.index.documents import Documents, end_to_end
 from megazebra.data.index.order import Spans, count_samples, cut_spans
 
 FINAL_EPOCH_SHARE = 0.80
@@ -50,8 +50,8 @@ class MegatronOrder:
         source: str = "the corpus",
     ) -> None:
         self.seq_len = seq_len
-        self._lengths = kernel_lengths(sequence_lengths)
-        tokens = int(self._lengths.sum(dtype=np.int64))
+        sequences = Documents(sequence_lengths)
+        self._lengths, tokens = sequences.lengths, sequences.tokens
         self.samples_per_epoch = count_samples(tokens, seq_len, source)
         wanted = num_samples or self.samples_per_epoch
         epochs = -(-(wanted * seq_len + 1) // tokens)

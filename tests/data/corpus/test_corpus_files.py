@@ -191,6 +191,13 @@ def test_sidecar_of_another_build_is_refused(prefix, change):
         Corpus.open(prefix)
 
 
+@pytest.mark.parametrize("change", [{"checksum_block_bytes": 0}, {"bin_crc32": ["x"]}, {"idx_crc32": None}])
+def test_unusable_checksums_are_refused(prefix, change):
+    edit_meta(prefix, **change)
+    with pytest.raises(CorpusError, match=f"no usable {next(iter(change))}"):
+        Corpus.open(prefix)
+
+
 def edit_meta(prefix: Path, **change) -> None:
     path = Path(f"{prefix}.meta.json")
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
