@@ -1,9 +1,12 @@
-"""Turn folders of text into a corpus to train on.
+"""Turn text, JSON lines or Parquet into a corpus to train on.
 
-    python tools/preprocess_data.py --input stdlib --train-tokenizer 4096 --output data/stdlib
+    preprocess_data.py --input stdlib --train-tokenizer 4096 --output data/stdlib
+    preprocess_data.py --input web/*.jsonl.zst --tokenizer Qwen3-8B/ --output data/web
+    preprocess_data.py --input chats.parquet --tokenizer Qwen3-8B/ --chat-template tokenizer --output data/chats
 
-writes data/stdlib/train.{bin,idx,meta.json}, data/stdlib/validation.* and data/stdlib/tokenizer.json. Every file is
-a document that ends with the EOD token. A second run with the same inputs and options finds the work done.
+writes OUTPUT/train.{bin,idx,meta.json}, OUTPUT/validation.* and OUTPUT/tokenizer.json. Files that end in .jsonl,
+.jsonl.gz, .jsonl.zst, .json.gz, .json.zst or .parquet hold records, one document each; any other file is one text.
+A second run with the same inputs and options finds the work done; one that was cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,81 +21,178 @@ from tqdm import tqdm
 
 from megazebra.data.corpus.sidecar import CorpusMeta
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.preprocess import Preprocessing, Report, preprocess
-from megazebra.data.prepare.tokenizer import EOD_TOKEN
+from megazebra.data.prepare.encoders import BYTES, NO_EOD, EncoderOptions
+from megazebra.data.prepare.job import Preprocessing
+from megazebra.data.prepare.preprocess import Report, preprocess
+from megazebra.data.prepare.workers import WorkerDiedError
 
 SECONDS_PER_LINE = 5.0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "--input",
-        action="append",
+        action="extend",
+        nargs="+",
         required=True,
-        metavar="FOLDER",
-        help="folder of text files, or the word stdlib for the running Python's standard library; repeatable",
+        metavar="PATH",
+        help="folders, files, or the word stdlib for the running Python's standard library; repeatable",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the corpora and tokenizer.json go")
-    parser.add_argument(
+    files.add_argument("--output", required=True, metavar="FOLDER", help="where the corpora and the tokenizer go")
+    files.add_argument(
         "--glob",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="file names to take, such as '*.txt'; repeatable (default: *.py of stdlib, every file of a folder)",
+        help="names of files to take from folders, such as '*.txt'; repeatable (default: *.py of stdlib, else all)",
     )
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
-        "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE with this many tokens"
+    files.add_argument("--force", action="store_true", help="build even if the output holds a corpus; replace it")
+
+    documents = parser.add_argument_group("documents")
+    documents.add_argument(
+        "--documents",
+        choices=("file", "directory"),
+        default="file",
+        help="a text file is a document, or all those of one directory, joined by name (default: %(default)s)",
     )
-    tokenizer.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json")
-    parser.add_argument(
-        "--eod", default=EOD_TOKEN, metavar="TOKEN", help="token that ends a document (default: %(default)s)"
+    documents.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="where a record has its text; a.b for b inside a (default: %(default)s)",
     )
-    parser.add_argument(
+    documents.add_argument(
+        "--skip-bad-records", action="store_true", help="leave records without text out instead of stopping there"
+    )
+    documents.add_argument(
         "--validation-share",
         type=float,
         default=0.02,
         metavar="SHARE",
-        help="share of the files held out, chosen by hash of their names; 0 for none (default: %(default)s)",
+        help="share of the documents held out, by hash of a file's name or a record's content; 0 for none "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="encoder threads (default: all cores)")
-    parser.add_argument("--force", action="store_true", help="build even if the output holds a corpus; replace it")
+
+    encoding = parser.add_argument_group("encoding")
+    tokenizer = encoding.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE with this many tokens"
+    )
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help=f"a tokenizer.json, a folder that holds one, a sentencepiece .model, or the word {BYTES}",
+    )
+    end = encoding.add_mutually_exclusive_group()
+    end.add_argument("--eod", metavar="TOKEN", help="token that ends a document (default: the tokenizer's own)")
+    end.add_argument("--no-eod", action="store_const", dest="eod", const=NO_EOD, help="end documents with no token")
+    encoding.add_argument(
+        "--engine",
+        choices=("auto", "tokenizers", "gigatoken"),
+        default="auto",
+        help="what encodes: auto takes gigatoken where it is installed and gives the same tokens as tokenizers",
+    )
+    encoding.add_argument("--workers", type=int, metavar="N", help="cores to use (default: all)")
+
+    chat = parser.add_argument_group("conversations")
+    chat.add_argument(
+        "--chat-template",
+        metavar="TEMPLATE",
+        help="records are conversations in this format: a built-in name, a .jinja file, or the word tokenizer",
+    )
+    chat.add_argument(
+        "--messages-key", default="messages", metavar="KEY", help="where a record has them (default: %(default)s)"
+    )
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="a longer conversation is over-long")
+    chat.add_argument(
+        "--overlong",
+        choices=("keep", "drop", "truncate", "error"),
+        default="keep",
+        help="what becomes of over-long conversations (default: %(default)s)",
+    )
     parsed = parser.parse_args(arguments)
     if parsed.workers is not None and parsed.workers < 1:
         parser.error(f"--workers {parsed.workers}: give at least 1")
     return parsed
 
 
+def job_of(parsed: argparse.Namespace) -> Preprocessing:
+    return Preprocessing(
+        inputs=tuple(parsed.input),
+        output=parsed.output,
+        encoder=EncoderOptions(
+            tokenizer=parsed.tokenizer or "",
+            eod=parsed.eod,
+            engine=parsed.engine,
+            chat=parsed.chat_template,
+            messages=parsed.messages_key,
+            max_tokens=parsed.max_tokens,
+            overlong=parsed.overlong,
+        ),
+        train_tokenizer=parsed.train_tokenizer,
+        globs=tuple(parsed.glob),
+        documents=parsed.documents,
+        text_key=parsed.text_key,
+        skip_bad_records=parsed.skip_bad_records,
+        validation_share=parsed.validation_share,
+        workers=parsed.workers or available_cores(),
+        force=parsed.force,
+    )
+
+
+def available_cores() -> int:
+    """Those this process may run on, where the system tells (Linux)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Progress:
-    """Text and tokens so far: a bar on a terminal, a line every few seconds elsewhere."""
+    """Input and tokens so far: a bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, is_terminal: bool) -> None:
         self._is_terminal = is_terminal
         self._bar: tqdm | None = None
-        self._start = self._printed = time.monotonic()
+        self._start: tuple[float, int, int] | None = None
+        self._printed = 0.0
 
     def say(self, sentence: str) -> None:
+        self.close()
         print(sentence, flush=True)
-        self._start = self._printed = time.monotonic()
 
     def __call__(self, done_bytes: int, total_bytes: int, tokens: int) -> None:
         now = time.monotonic()
-        rate = tokens / max(now - self._start, 1e-9)
-        if self._is_terminal:
-            if self._bar is None:
-                self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="encoding", leave=False)
+        if self._start is None:
+            self._begin(now, done_bytes, total_bytes, tokens)
+        assert self._start is not None
+        began, found_bytes, found_tokens = self._start
+        seconds = max(now - began, 1e-9)
+        rate = (tokens - found_tokens) / seconds
+        if self._bar is not None:
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             self._bar.update(done_bytes - self._bar.n)
-        elif now - self._printed >= SECONDS_PER_LINE:
+        elif now - self._printed >= SECONDS_PER_LINE and done_bytes > found_bytes:
             self._printed = now
+            left = seconds * (total_bytes - done_bytes) / (done_bytes - found_bytes)
             print(
-                f"encoded {done_bytes / max(total_bytes, 1):.0%}, {tokens:,} tokens, {rate:,.0f} tokens/s", flush=True
+                f"encoded {done_bytes / max(total_bytes, 1):.0%}, {tokens:,} tokens, {rate:,.0f} tokens/s, "
+                f"{tqdm.format_interval(left)} left",
+                flush=True,
             )
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+    def _begin(self, now: float, done_bytes: int, total_bytes: int, tokens: int) -> None:
+        if done_bytes:
+            self.say(f"going on behind {done_bytes / total_bytes:.0%} that are done, {tokens:,} tokens")
+        self._start, self._printed = (now, done_bytes, tokens), now
+        if self._is_terminal:
+            self._bar = tqdm(
+                total=total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="encoding", leave=False
+            )
 
 
 def summarize(report: Report, output: str, seconds: float) -> None:
@@ -101,10 +201,8 @@ def summarize(report: Report, output: str, seconds: float) -> None:
     else:
         tokens = report.train.tokens + (report.validation.tokens if report.validation else 0)
         print(f"wrote {output}: {tokens:,} tokens in {seconds:.1f} s")
-    skipped = (("not UTF-8", report.undecodable), ("empty", report.empty))
-    for reason, names in skipped:
-        if names:
-            print(f"skipped {len(names)} files that are {reason}, such as {names[0]!r}")
+    for line in report.skipped.lines():
+        print(line)
     _summarize_corpus("train", report.train)
     print(f"  unigram entropy {report.train.unigram_entropy:.4f} nats per token")
     if report.validation:
@@ -119,29 +217,20 @@ def _summarize_corpus(name: str, meta: CorpusMeta) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     if parsed.workers is not None:
-        # The tokenizers library starts its threads at its first batch and takes their number from here.
+        # Where the tokenizers library, which also trains, looks when it starts its threads.
         os.environ["RAYON_NUM_THREADS"] = str(parsed.workers)
-    job = Preprocessing(
-        inputs=tuple(parsed.input),
-        output=parsed.output,
-        train_tokenizer=parsed.train_tokenizer,
-        tokenizer=parsed.tokenizer,
-        globs=tuple(parsed.glob),
-        eod=parsed.eod,
-        validation_share=parsed.validation_share,
-        force=parsed.force,
-    )
+    job = job_of(parsed)
     progress = Progress(sys.stderr.isatty())
     start = time.monotonic()
     try:
         report = preprocess(job, say=progress.say, progress=progress)
-    except (CorpusError, OSError) as error:
+    except (CorpusError, OSError, WorkerDiedError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         progress.close()
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on from the parts that are done", file=sys.stderr)
         return 130
     progress.close()
     summarize(report, parsed.output, time.monotonic() - start)

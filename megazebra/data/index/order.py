@@ -68,7 +68,7 @@ class SampleOrder:
     def state_bytes(self) -> int:
         """What the order keeps in memory beside the documents' lengths."""
         arrays: list[NDArray[np.integer]] = [self.documents.block_starts]
-        for epoch in self._epochs.values():
+        for epoch in list(self._epochs.values()):  # a prefetching thread may add one
             arrays += [epoch.blocks, epoch.starts]
         return sum({id(array): array.nbytes for array in arrays}.values())
 

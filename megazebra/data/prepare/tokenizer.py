@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -37,6 +39,19 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _for_documents(tokenizer)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is EOD_TOKEN; no merges."""
+    # The byte-level alphabet (Radford et al. 2019): bytes that print stand for themselves, the others for 256 and up.
+    printable = {byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)}
+    others = (byte for byte in range(256) if byte not in printable)
+    characters = {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE({characters.get(byte, chr(byte)): byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOD_TOKEN])
     return _for_documents(tokenizer)
 
 
@@ -80,12 +95,38 @@ def eod_id(tokenizer: Tokenizer, token: str = EOD_TOKEN) -> int:
     """The id of the token that ends documents. Raises CorpusError naming the candidates where it is missing."""
     found = tokenizer.token_to_id(token)
     if found is None:
-        special = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
+        special = added_tokens(tokenizer, special_only=True)
         raise CorpusError(
             f"the tokenizer has no token {token!r} to end documents with; name one of its special tokens "
             f"({', '.join(special[:20]) or 'it has none'}) with --eod"
         )
     return int(found)
+
+
+def added_tokens(tokenizer: Tokenizer, *, special_only: bool = False) -> list[str]:
+    """Tokens that are found in text as a whole, before the model splits it."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special or not special_only]
+
+
+def tokenizer_config(folder: str | Path) -> dict[str, Any]:
+    """The tokenizer_config.json of a Hugging Face model's folder, empty where there is none.
+
+    Tokens are given as their text. Raises CorpusError where the file is no JSON object.
+    """
+    path = Path(folder, "tokenizer_config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CorpusError(f"{path} is not JSON ({error}); restore it, or remove it to go without") from error
+    if not isinstance(config, dict):
+        raise CorpusError(f"{path} is no JSON object; restore it, or remove it to go without")
+    return {
+        name: value["content"] if isinstance(value, dict) and "content" in value else value
+        for name, value in config.items()
+    }
 
 
 def _for_documents(tokenizer: Tokenizer) -> Tokenizer:

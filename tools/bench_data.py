@@ -1,0 +1,223 @@
+"""Measure the data pipeline against other people's, both sides in turns in this process.
+
+    pip install -e '.[cpu,bench]'        # Megatron-core, OLMo-core and gigatoken, to compare with
+    python tools/bench_data.py           # minutes; --quick takes less than one
+
+CPU seconds, median over rounds; a ratio says how many times less ours takes. What is not installed is left out.
+  index    the order of 20 M documents (lognormal lengths, median 400) in samples of 4,096 tokens
+  sample   one whole sample with document masks (tokens, labels, positions, boundaries) from files in the page cache
+  pack     best-fit packing of documents into sequences of 32,768 tokens
+  encode   text to corpus with tools/preprocess_data.py's code, against the tokenizer's own encode_batch_fast
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megazebra.data.corpus.corpus_writer import CorpusWriter
+from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.index import builder
+from megazebra.data.index.documents import Documents
+from megazebra.data.index.megatron_order import MegatronOrder
+from megazebra.data.index.order import SampleOrder
+from megazebra.data.index.packing import pack_best_fit
+from megazebra.data.samples import ChunkedSamples
+
+SEED, EOD, VOCAB = 1234, 0, 32_000
+Results = dict[str, float]
+
+
+def bench_index(quick: bool) -> Iterator[tuple[str, float, str]]:
+    """Yields key, number and what it means."""
+    lengths = document_lengths(2_000_000 if quick else 20_000_000)
+    seq_len = 4096
+    samples = (int(lengths.sum(dtype=np.int64)) - 1) // seq_len
+
+    def default_order() -> SampleOrder:
+        order = SampleOrder(Documents(lengths), seq_len, SEED, "bench")
+        order.locate(0)
+        return order
+
+    sides: dict[str, Callable[[], Any]] = {
+        "default": default_order,
+        "compat": lambda: MegatronOrder(lengths, seq_len, SEED, samples, source="bench"),
+    }
+    if megatron := _import("megatron.core.datasets.gpt_dataset"):
+        sides["megatron"] = lambda: _megatron_index(megatron, lengths, seq_len, samples)
+    seconds = interleaved(sides, rounds=3)
+    yield "index_default_bytes", default_order().state_bytes, "bytes the default order holds beside the lengths"
+    yield "index_default_ms", seconds["default"] * 1e3, f"ms to open the default order of {len(lengths):,} documents"
+    yield "index_compat_s", seconds["compat"], "s to build Megatron's order"
+    if megatron:
+        _check_same_order(sides["compat"](), sides["megatron"](), samples)
+        yield "index_megatron_s", seconds["megatron"], "s Megatron-core takes for it"
+        yield "index_compat_vs_megatron", seconds["megatron"] / seconds["compat"], "Megatron / ours, the same order"
+        yield "index_default_vs_megatron", seconds["megatron"] / seconds["default"], "Megatron / our default order"
+
+
+def bench_sample(quick: bool) -> Iterator[tuple[str, float, str]]:
+    megatron = _import("megatron.core.datasets.gpt_dataset")
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "corpus"
+        write_corpus(prefix, tokens=20_000_000 if quick else 100_000_000)
+        corpus = Corpus.open(prefix)
+        for name, seq_len, count in (("4k", 4096, 400), ("128k", 131_072, 40)):
+            order = SampleOrder(corpus.layout, seq_len, SEED, corpus.fingerprint)
+            ours = ChunkedSamples(corpus, order, document_mask=True)
+            turns = np.random.default_rng(SEED).integers(0, ours.samples_per_epoch, count).tolist()
+            sides: dict[str, Callable[[], Any]] = {"ours": partial(_draw, ours, turns)}
+            if megatron:
+                theirs = _megatron_dataset(megatron, prefix, seq_len, Path(folder) / f"cache-{name}")
+                sides["megatron"] = partial(_draw, theirs, turns)
+            seconds = interleaved(sides, rounds=5)
+            yield f"sample_{name}_us", seconds["ours"] / count * 1e6, f"us per sample of {seq_len:,} tokens"
+            if megatron:
+                yield f"sample_{name}_megatron_us", seconds["megatron"] / count * 1e6, "us Megatron-core takes"
+                yield f"sample_{name}_vs_megatron", seconds["megatron"] / seconds["ours"], "Megatron / ours"
+
+
+def bench_pack(quick: bool) -> Iterator[tuple[str, float, str]]:
+    capacity = 32_768
+    lengths = document_lengths(20_000 if quick else 200_000).clip(max=capacity).astype(np.int64)
+    sides: dict[str, Callable[[], Any]] = {"ours": lambda: pack_best_fit(lengths, capacity)}
+    if olmo := _import("olmo_core.data.utils"):
+        bounds = np.stack((lengths.cumsum() - lengths, lengths.cumsum()), axis=1)
+        sides["olmo"] = lambda: olmo.InstancePacker(capacity).pack_documents(bounds)
+    seconds = interleaved(sides, rounds=1 if quick else 3)
+    bins = len(sides["ours"]().starts) - 1
+    yield "pack_ns_per_document", seconds["ours"] / len(lengths) * 1e9, f"ns per document, {len(lengths):,} documents"
+    yield "pack_padding", 1 - lengths.sum() / (bins * capacity), "share of padding"
+    if olmo:
+        theirs = len(sides["olmo"]()[0])
+        if theirs != bins:
+            raise SystemExit(f"OLMo-core packs {theirs} sequences, ours {bins}")
+        yield "pack_vs_python", seconds["olmo"] / seconds["ours"], f"OLMo-core / ours, both {bins:,} sequences"
+
+
+def document_lengths(count: int) -> NDArray[np.int32]:
+    lengths = np.random.default_rng(SEED).lognormal(np.log(400), 1.0, count)
+    return lengths.clip(1, 10_000_000).astype(np.int32)
+
+
+def write_corpus(prefix: Path, tokens: int) -> None:
+    random = np.random.default_rng(SEED)
+    with CorpusWriter(prefix, vocab_size=VOCAB, eod_id=EOD) as writer:
+        while writer.tokens < tokens:
+            ids = random.integers(1, VOCAB, 4_000_000, dtype=np.int64)
+            ends = np.cumsum(document_lengths(4_000))
+            ids[ends[ends < len(ids)] - 1] = EOD
+            writer.add_documents(np.split(ids, ends[ends < len(ids)]))
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of every side, run in turns after one run of each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, run in sides.items():
+            started = time.process_time()
+            run()
+            if turn:
+                seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _draw(samples: Any, indices: list[int]) -> None:
+    for index in indices:
+        _ = samples[index]
+
+
+def _megatron_index(module: Any, lengths: NDArray[np.int32], seq_len: int, samples: int) -> Any:
+    """Megatron-core's own builder on lengths in memory, its cache files left out."""
+    dataset = module.GPTDataset.__new__(module.GPTDataset)
+    dataset.config = SimpleNamespace(
+        defer_npy_index_mmap=False,
+        path_to_cache=None,
+        mock=True,
+        fast_cache_load=False,
+        sequence_length=seq_len,
+        add_extra_token_to_sequence=1,
+        random_seed=SEED,
+    )
+    dataset.dataset = SimpleNamespace(sequence_lengths=lengths)
+    dataset.indices = np.arange(len(lengths), dtype=np.int32)
+    dataset.num_samples = samples
+    dataset.index_split = module.Split.train
+    return dataset._build_document_sample_shuffle_indices()
+
+
+def _check_same_order(ours: MegatronOrder, theirs: Any, samples: int) -> None:
+    document_index, sample_index, shuffle_index = theirs
+    for i in np.linspace(0, samples - 1, 1000).astype(np.int64).tolist():
+        first, offset = sample_index[shuffle_index[i]]
+        spans = ours.locate(i)
+        if (spans.documents[0], spans.starts[0]) != (document_index[first], offset):
+            raise SystemExit(f"sample {i} begins elsewhere in Megatron's order")
+
+
+def _megatron_dataset(module: Any, prefix: Path, seq_len: int, cache: Path) -> Any:
+    config = module.GPTDatasetConfig(
+        random_seed=SEED,
+        sequence_length=seq_len,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=SimpleNamespace(eod=EOD, pad=-1, vocab_size=VOCAB, unique_identifiers={"class": "bench"}),
+        reset_position_ids=True,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+    )
+    low_level = module.GPTDataset.build_low_level_dataset(str(prefix), config)
+    indices = np.arange(len(low_level.sequence_lengths), dtype=np.int32)
+    return module.GPTDataset(low_level, str(prefix), indices, None, module.Split.train, config)
+
+
+def _import(name: str) -> Any:
+    import importlib
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            print(f"  without {name}: {error}")
+            return None
+
+
+BENCHES = {"index": bench_index, "sample": bench_sample, "pack": bench_pack}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(BENCHES), action="append", help="one of the benches; repeatable")
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, fewer rounds")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as one flat object")
+    parsed = parser.parse_args(arguments)
+    print(f"index builder: {builder.describe()}")
+    results: Results = {}
+    for name in parsed.only or BENCHES:
+        print(f"\n{name}")
+        for key, number, meaning in BENCHES[name](parsed.quick):
+            results[key] = float(number)
+            print(f"  {key:28} {number:14,.4g}  {meaning}", flush=True)
+    if parsed.json:
+        Path(parsed.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
