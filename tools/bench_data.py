@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,15 @@ from numpy.typing import NDArray
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.index import builder
+from megazebra.data.index.best_fit import pack_best_fit
 from megazebra.data.index.documents import Documents
 from megazebra.data.index.megatron_order import MegatronOrder
 from megazebra.data.index.order import SampleOrder
-from megazebra.data.index.packing import pack_best_fit
+from megazebra.data.prepare.encoders.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megazebra.data.prepare.inputs.files import gather_files
+from megazebra.data.prepare.job import Preprocessing
+from megazebra.data.prepare.open_encoder import EncoderOptions
+from megazebra.data.prepare.preprocess import preprocess
 from megazebra.data.samples import ChunkedSamples
 
 SEED, EOD, VOCAB = 1234, 0, 32_000
@@ -73,7 +78,7 @@ def bench_sample(quick: bool) -> Iterator[tuple[str, float, str]]:
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "corpus"
         write_corpus(prefix, tokens=20_000_000 if quick else 100_000_000)
-        corpus = Corpus.open(prefix)
+        corpus = Corpus(prefix)
         for name, seq_len, count in (("4k", 4096, 400), ("128k", 131_072, 40)):
             order = SampleOrder(corpus.layout, seq_len, SEED, corpus.fingerprint)
             ours = ChunkedSamples(corpus, order, document_mask=True)
@@ -105,6 +110,39 @@ def bench_pack(quick: bool) -> Iterator[tuple[str, float, str]]:
         if theirs != bins:
             raise SystemExit(f"OLMo-core packs {theirs} sequences, ours {bins}")
         yield "pack_vs_python", seconds["olmo"] / seconds["ours"], f"OLMo-core / ours, both {bins:,} sequences"
+
+
+def bench_encode(quick: bool) -> Iterator[tuple[str, float, str]]:
+    """The Python standard library's sources, repeated, with a byte-level BPE of 32,000 tokens; one core."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Path(file.path).read_bytes().decode(errors="replace") for file in gather_files(["stdlib"])]
+        copies = 1 if quick else 4
+        tokenizer_file = Path(folder) / "tokenizer.json"
+        save_tokenizer(train_byte_level_bpe(texts, VOCAB), tokenizer_file)
+        inputs = Path(folder) / "texts.jsonl"
+        inputs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * copies))
+        tokenizer = load_tokenizer(tokenizer_file)
+
+        def encoder_alone() -> None:
+            for start in range(0, len(texts) * copies, 128):
+                tokenizer.encode_batch_fast((texts * copies)[start : start + 128], add_special_tokens=False)
+
+        def build(engine: Literal["tokenizers", "gigatoken"]) -> int:
+            options = EncoderOptions(tokenizer=str(tokenizer_file), engine=engine)
+            job = Preprocessing(inputs=(str(inputs),), output=f"{folder}/{engine}", encoder=options, force=True)
+            report = preprocess(job)
+            return report.train.tokens + (report.validation.tokens if report.validation else 0)
+
+        sides: dict[str, Callable[[], Any]] = {"alone": encoder_alone, "tokenizers": partial(build, "tokenizers")}
+        if _import("gigatoken"):
+            sides["gigatoken"] = partial(build, "gigatoken")
+        tokens = build("tokenizers")
+        seconds = interleaved(sides, rounds=1 if quick else 3)
+        yield "preprocess_tokens_per_cpu_s", tokens / seconds["tokenizers"], f"tokens per CPU second of {tokens:,}"
+        yield "encoder_tokens_per_cpu_s", tokens / seconds["alone"], "of encode_batch_fast alone"
+        yield "preprocess_vs_encoder", seconds["alone"] / seconds["tokenizers"], "whole job / encode_batch_fast alone"
+        if "gigatoken" in sides:
+            yield "preprocess_gigatoken_tokens_per_cpu_s", tokens / seconds["gigatoken"], "the same with gigatoken"
 
 
 def document_lengths(count: int) -> NDArray[np.int32]:
@@ -162,8 +200,8 @@ def _check_same_order(ours: MegatronOrder, theirs: Any, samples: int) -> None:
     document_index, sample_index, shuffle_index = theirs
     for i in np.linspace(0, samples - 1, 1000).astype(np.int64).tolist():
         first, offset = sample_index[shuffle_index[i]]
-        spans = ours.locate(i)
-        if (spans.documents[0], spans.starts[0]) != (document_index[first], offset):
+        pieces = ours.locate(i)
+        if (pieces.documents[0], pieces.starts[0]) != (document_index[first], offset):
             raise SystemExit(f"sample {i} begins elsewhere in Megatron's order")
 
 
@@ -198,7 +236,7 @@ def _import(name: str) -> Any:
             return None
 
 
-BENCHES = {"index": bench_index, "sample": bench_sample, "pack": bench_pack}
+BENCHES = {"index": bench_index, "sample": bench_sample, "pack": bench_pack, "encode": bench_encode}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megazebra.data.corpus.decoding import Decode, decode_document, open_decoder, own_tokenizer
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.corpus.length_chart import chart_lines, draw_lengths
 from megazebra.data.corpus.statistics import describe, length_histogram
 from megazebra.data.errors import CorpusError
+from megazebra.data.prepare.decoding import Decode, decode_document, open_decoder, own_tokenizer
 from megazebra.durable import write_atomically
 
 SAMPLE_TOKENS = 80
@@ -47,9 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    corpus = Corpus.open(options.prefix, field="PREFIX")
-    tokenizer = options.tokenizer or own_tokenizer(corpus)
-    decode = open_decoder(tokenizer) if tokenizer else None
+    corpus = Corpus(options.prefix, field="PREFIX")
+    decode = _open_decoder(corpus, options)
     histogram = length_histogram(corpus.document_lengths)
     facts = describe(corpus, histogram)
     samples = {n: decode_document(corpus, n, SAMPLE_TOKENS, decode or _numbers) for n in options.sample}
@@ -70,6 +71,19 @@ def inspect(options: argparse.Namespace) -> None:
         print(json.dumps({**facts, "samples": samples, "verified": options.verify}, indent=1))
     elif options.verify:
         print(f"\nverified: .idx and the {facts['bytes']:,} bytes of .bin match their checksums")
+
+
+def _open_decoder(corpus: Corpus, options: argparse.Namespace) -> Decode | None:
+    if options.tokenizer:
+        return open_decoder(options.tokenizer)
+    try:
+        tokenizer = own_tokenizer(corpus)
+        return open_decoder(tokenizer) if tokenizer else None
+    except CorpusError as error:
+        if options.sample:
+            raise
+        print(f"note: {error}", file=sys.stderr)
+        return None
 
 
 def _verify(corpus: Corpus) -> None:
@@ -116,6 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         inspect(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
     except (CorpusError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@
     preprocess_data.py --input chats.parquet --tokenizer Qwen3-8B/ --chat-template tokenizer --output data/chats
 
 writes OUTPUT/train.{bin,idx,meta.json}, OUTPUT/validation.* and OUTPUT/tokenizer.json. Files that end in .jsonl,
-.jsonl.gz, .jsonl.zst, .json.gz, .json.zst or .parquet hold records, one document each; any other file is one text.
+.ndjson, their .gz or .zst, .json.gz, .json.zst or .parquet hold records, one document each; any other file is one text.
 A second run with the same inputs and options finds the work done; one that was cut short goes on where it stopped.
 """
 
@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from megazebra.data.corpus.sidecar import CorpusMeta
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.encoders import BYTES, NO_EOD, EncoderOptions
 from megazebra.data.prepare.job import Preprocessing
+from megazebra.data.prepare.open_encoder import BYTES, NO_EOD, EncoderOptions
 from megazebra.data.prepare.preprocess import Report, preprocess
 from megazebra.data.prepare.workers import WorkerDiedError
 
 SECONDS_PER_LINE = 5.0
+# What became of over-long conversations, by policy.
+OVERLONG = {"keep": "kept whole", "drop": "dropped", "truncate": "truncated", "error": "refused"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     chat.add_argument("--max-tokens", type=int, metavar="N", help="a longer conversation is over-long")
     chat.add_argument(
         "--overlong",
-        choices=("keep", "drop", "truncate", "error"),
+        choices=tuple(OVERLONG),
         default="keep",
         help="what becomes of over-long conversations (default: %(default)s)",
     )
@@ -187,7 +189,7 @@ class Progress:
 
     def _begin(self, now: float, done_bytes: int, total_bytes: int, tokens: int) -> None:
         if done_bytes:
-            self.say(f"going on behind {done_bytes / total_bytes:.0%} that are done, {tokens:,} tokens")
+            self.say(f"going on from {done_bytes / total_bytes:.0%}, {tokens:,} tokens are there")
         self._start, self._printed = (now, done_bytes, tokens), now
         if self._is_terminal:
             self._bar = tqdm(
@@ -195,19 +197,28 @@ class Progress:
             )
 
 
-def summarize(report: Report, output: str, seconds: float) -> None:
+def summarize(report: Report, job: Preprocessing, seconds: float) -> None:
     if report.up_to_date:
-        print(f"{output} is up to date: the same inputs and options built it (--force builds it again)")
+        print(f"{job.output} is up to date: the same inputs and options built it (--force builds it again)")
     else:
         tokens = report.train.tokens + (report.validation.tokens if report.validation else 0)
-        print(f"wrote {output}: {tokens:,} tokens in {seconds:.1f} s")
+        print(f"wrote {job.output}: {tokens:,} tokens in {seconds:.1f} s")
     for line in report.skipped.lines():
         print(line)
+    _summarize_lengths(report, job)
     _summarize_corpus("train", report.train)
     print(f"  unigram entropy {report.train.unigram_entropy:.4f} nats per token")
     if report.validation:
         _summarize_corpus("validation", report.validation)
         print(f"  the bar to beat: unigram cross-entropy {report.validation.unigram_cross_entropy:.4f} nats per token")
+
+
+def _summarize_lengths(report: Report, job: Preprocessing) -> None:
+    sentence = f"longest {'conversation' if job.encoder.chat else 'document'}: {report.longest:,} tokens"
+    if job.encoder.max_tokens is not None:
+        sentence += f"; {report.overlong:,} longer than --max-tokens {job.encoder.max_tokens}"
+        sentence += f", {OVERLONG[job.encoder.overlong]}" if report.overlong else ""
+    print(sentence)
 
 
 def _summarize_corpus(name: str, meta: CorpusMeta) -> None:
@@ -233,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on from the parts that are done", file=sys.stderr)
         return 130
     progress.close()
-    summarize(report, parsed.output, time.monotonic() - start)
+    summarize(report, job, time.monotonic() - start)
     return 0
 
 

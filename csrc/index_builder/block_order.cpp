@@ -3,7 +3,7 @@
 
 #include "feistel.hpp"
 #include "module.hpp"
-#include "spans.hpp"
+#include "pieces.hpp"
 
 #include <pybind11/stl.h>
 
@@ -57,7 +57,7 @@ py::tuple locate(const Array<Length>& lengths, const Array<uint32_t>& blocks, co
                  int64_t block_documents, std::optional<uint64_t> key, int64_t position, int64_t length) {
     const int64_t documents = lengths.size();
     py::ssize_t slot = block_at(starts, position);
-    SpanCutter cutter(position - starts.at(slot), length);
+    PieceCutter cutter(position - starts.at(slot), length);
     for (; !cutter.done(); ++slot) {
         const int64_t block = blocks.at(slot), first = block * block_documents;
         const int64_t count = std::min(block_documents, documents - first);
@@ -69,7 +69,7 @@ py::tuple locate(const Array<Length>& lengths, const Array<uint32_t>& blocks, co
             for (int64_t member = 0; member < count && lay(member);) ++member;
         }
     }
-    return cutter.spans();
+    return cutter.pieces();
 }
 
 template <typename Length>

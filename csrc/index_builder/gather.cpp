@@ -23,7 +23,7 @@ constexpr int64_t BUFFER_BYTES = 64 * 1024;  // stays in the cache between pread
 
 using Integers = py::array_t<int64_t, py::array::c_style>;
 
-struct Spans {
+struct Pieces {
     int64_t count;
     const int64_t *documents, *starts, *lengths;
 };
@@ -47,11 +47,11 @@ struct Layout {
     }
 };
 
-// The byte each span begins at; false unless every span lies in its document and all have `tokens` together.
+// The byte each piece begins at; false unless every piece lies in its document and all have `tokens` together.
 template <class Length>
-bool place(const Layout<Length>& layout, const Spans& spans, int64_t tokens, std::vector<int64_t>& begins) {
-    for (int64_t i = 0; i < spans.count; ++i) {
-        const int64_t document = spans.documents[i], start = spans.starts[i], length = spans.lengths[i];
+bool place(const Layout<Length>& layout, const Pieces& pieces, int64_t tokens, std::vector<int64_t>& begins) {
+    for (int64_t i = 0; i < pieces.count; ++i) {
+        const int64_t document = pieces.documents[i], start = pieces.starts[i], length = pieces.lengths[i];
         if (document < 0 || document >= layout.documents || start < 0 || length < 0 || length > tokens ||
             start > layout.lengths[document] - length)
             return false;
@@ -113,24 +113,24 @@ TokenReader reader_of(const py::dtype& type) {
 template <class Length>
 bool gather(const py::array_t<Length, py::array::c_style>& lengths, const Integers& block_starts,
             int64_t block_documents, const std::optional<Integers>& offsets, int file, const py::dtype& token_type,
-            int64_t largest_id, const Integers& documents, const Integers& starts, const Integers& span_lengths,
+            int64_t largest_id, const Integers& documents, const Integers& starts, const Integers& piece_lengths,
             Integers& out) {
     const Layout<Length> layout{lengths.data(),  lengths.size(), block_starts.data(),
                                 block_documents, offsets ? offsets->data() : nullptr, token_type.itemsize()};
-    const Spans spans{documents.size(), documents.data(), starts.data(), span_lengths.data()};
+    const Pieces pieces{documents.size(), documents.data(), starts.data(), piece_lengths.data()};
     const TokenReader read = reader_of(token_type);
     int64_t* target = out.mutable_data();
     const int64_t tokens = out.size();
 
     const py::gil_scoped_release release;
     std::vector<int64_t> begins;
-    begins.reserve(static_cast<size_t>(spans.count));
-    if (!place(layout, spans, tokens, begins)) return false;
-    for (int64_t first = 0, next; first < spans.count; first = next) {
-        int64_t count = spans.lengths[first];  // of the spans that touch on disk
-        for (next = first + 1; next < spans.count; ++next) {
+    begins.reserve(static_cast<size_t>(pieces.count));
+    if (!place(layout, pieces, tokens, begins)) return false;
+    for (int64_t first = 0, next; first < pieces.count; first = next) {
+        int64_t count = pieces.lengths[first];  // of the pieces that touch on disk
+        for (next = first + 1; next < pieces.count; ++next) {
             if (begins[next] != begins[first] + count * layout.token_bytes) break;
-            count += spans.lengths[next];
+            count += pieces.lengths[next];
         }
         if (!read(file, begins[first], count, largest_id, target)) return false;
         target += count;
@@ -140,13 +140,13 @@ bool gather(const py::array_t<Length, py::array::c_style>& lengths, const Intege
 
 }  // namespace
 
-// Tokens of spans of documents into `out`, int64 [sum of span_lengths]. False when something is wrong; the numpy twin,
-// Corpus.read span by span, puts it into words.
+// Tokens of pieces of documents into `out`, int64 [sum of piece_lengths]. False when something is wrong; the numpy
+// twin, Corpus.read piece by piece, puts it into words.
 void bind_gather(py::module_& module) {
     const auto lengths = py::arg("lengths").noconvert();
     const auto out = py::arg("out").noconvert();
     module.def("gather", &gather<int32_t>, lengths, "block_starts"_a, "block_documents"_a, "offsets"_a, "file"_a,
-               "token_type"_a, "largest_id"_a, "documents"_a, "starts"_a, "span_lengths"_a, out);
+               "token_type"_a, "largest_id"_a, "documents"_a, "starts"_a, "piece_lengths"_a, out);
     module.def("gather", &gather<int64_t>, lengths, "block_starts"_a, "block_documents"_a, "offsets"_a, "file"_a,
-               "token_type"_a, "largest_id"_a, "documents"_a, "starts"_a, "span_lengths"_a, out);
+               "token_type"_a, "largest_id"_a, "documents"_a, "starts"_a, "piece_lengths"_a, out);
 }

@@ -2,7 +2,7 @@
 // The twin of numpy.random.RandomState and of megazebra/data/index/megatron_order.py.
 
 #include "module.hpp"
-#include "spans.hpp"
+#include "pieces.hpp"
 
 #include <algorithm>
 #include <array>
@@ -106,12 +106,12 @@ template <typename Length>
 py::tuple locate_listed(const Array<Length>& lengths, const Array<int32_t>& documents, const Array<int64_t>& starts,
                         int64_t block_documents, int64_t position, int64_t length) {
     const py::ssize_t block = block_at(starts, position);
-    SpanCutter cutter(position - starts.at(block), length);
+    PieceCutter cutter(position - starts.at(block), length);
     for (int64_t i = block * block_documents; !cutter.done(); ++i) {
         const int32_t document = documents.at(i);
         cutter.lay(document, lengths.data()[document]);
     }
-    return cutter.spans();
+    return cutter.pieces();
 }
 
 template <typename Length>

@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_index_builder, module) {
     module.doc() = "Compiled kernels of megazebra.data.index; their numpy twins stand beside the callers there.";
+    module.attr("sources") = SOURCES_DIGEST;
     bind_block_order(module);
     bind_gather(module);
     bind_megatron_order(module);

@@ -1,8 +1,9 @@
 // Best-fit decreasing packing ("Fewer Truncations Improve Language Modeling", Ding et al. 2024, arXiv:2404.10830).
 //
 // The open bins are kept by the space left in them: a bitmap says which spaces occur, a stack per space holds its bins.
-// An item costs one search in the bitmap, four words deep at a capacity of 2^24, whatever the number of bins. The twin
-// of megazebra/data/index/packing.py, which explains the result.
+// An item costs one search in the bitmap, four words deep at a capacity of 2^24, whatever the number of bins. Bins have
+// 32-bit numbers: at large capacities most of the time goes into touching the stacks' memory. The twin of
+// megazebra/data/index/best_fit.py, which explains the result.
 
 #include "module.hpp"
 
@@ -68,17 +69,23 @@ private:
 // The bins with space left in them.
 class OpenBins {
 public:
-    explicit OpenBins(int64_t capacity)
-        : capacity_(capacity), spaces_(capacity), newest_(new int64_t[capacity]) {}
+    // remainder: the room in bin 0, which is open from the start; 0: there is no such bin.
+    OpenBins(int64_t capacity, int64_t remainder)
+        : capacity_(capacity), spaces_(capacity), newest_(new int32_t[capacity]) {
+        if (remainder > 0) {
+            below_.push_back(NONE);
+            push(0, remainder);
+        }
+    }
 
     // How many bins were opened.
-    int64_t count() const { return static_cast<int64_t>(below_.size()); }
+    int32_t count() const { return static_cast<int32_t>(below_.size()); }
 
     // Puts an item into the bin with the least space that holds it, of several the one that came to this space last,
     // else into a new one. Returns the bin; bins are numbered as they are opened.
-    int64_t put(int64_t length) {
+    int32_t put(int64_t length) {
         int64_t space = spaces_.ceiling(length);
-        int64_t bin;
+        int32_t bin;
         if (space < 0) {
             space = capacity_;
             bin = count();
@@ -91,21 +98,22 @@ public:
                 newest_[space] = below_[bin];
             }
         }
-        const int64_t left = space - length;
-        if (left > 0) {
-            below_[bin] = spaces_.insert(left) ? NONE : newest_[left];
-            newest_[left] = bin;
-        }
+        if (space > length) push(bin, space - length);
         return bin;
     }
 
 private:
-    static constexpr int64_t NONE = -1;
+    static constexpr int32_t NONE = -1;
+
+    void push(int32_t bin, int64_t space) {
+        below_[bin] = spaces_.insert(space) ? NONE : newest_[space];
+        newest_[space] = bin;
+    }
 
     int64_t capacity_;
     IntegerSet spaces_;
-    std::unique_ptr<int64_t[]> newest_;  // per member of spaces_: the top of its stack of bins; not set elsewhere
-    std::vector<int64_t> below_;         // per bin: the one under it in its stack
+    std::unique_ptr<int32_t[]> newest_;  // per member of spaces_: the top of its stack of bins; not set elsewhere
+    std::vector<int32_t> below_;         // per bin: the one under it in its stack
 };
 
 struct Item {
@@ -131,8 +139,9 @@ std::vector<Item> by_decreasing_length(const int64_t* lengths, int64_t count, in
 
 using Integers = py::array_t<int64_t, py::array::c_style>;
 
-// lengths: from 1 to capacity. Returns (items, starts): bins in the order of their first items, whose items increase.
-py::tuple pack_best_fit(const Integers& lengths, int64_t capacity) {
+// lengths: from 1 to capacity, fewer than 2^31. remainder: less than capacity. Returns (items, starts): bins in the
+// order of their first items, whose items increase; the bin of the remainder comes first.
+py::tuple pack_best_fit(const Integers& lengths, int64_t capacity, int64_t remainder) {
     const int64_t count = lengths.size();
     Integers items(count);
     int64_t* grouped = items.mutable_data();
@@ -140,15 +149,16 @@ py::tuple pack_best_fit(const Integers& lengths, int64_t capacity) {
     std::vector<int64_t> starts;
     {
         const py::gil_scoped_release release;
-        std::vector<int64_t> bin_of(count);
-        OpenBins open_bins(capacity);
+        std::vector<int32_t> bin_of(count);
+        OpenBins open_bins(capacity, remainder);
         for (const auto [length, number] : by_decreasing_length(length_of, count, capacity)) {
             bin_of[number] = open_bins.put(length);
         }
-        std::vector<int64_t> place(open_bins.count(), -1);
-        starts.assign(open_bins.count() + 1, 0);
-        int64_t placed = 0;
-        for (int64_t& bin : bin_of) {
+        std::vector<int32_t> place(open_bins.count(), -1);
+        starts.assign(place.size() + 1, 0);
+        int32_t placed = 0;
+        if (remainder > 0) place[0] = placed++;
+        for (int32_t& bin : bin_of) {
             if (place[bin] < 0) place[bin] = placed++;
             bin = place[bin];
             ++starts[bin + 1];
@@ -163,5 +173,6 @@ py::tuple pack_best_fit(const Integers& lengths, int64_t capacity) {
 }  // namespace
 
 void bind_packing(py::module_& module) {
-    module.def("pack_best_fit", &pack_best_fit, py::arg("lengths").noconvert(), py::arg("capacity"));
+    module.def("pack_best_fit", &pack_best_fit, py::arg("lengths").noconvert(), py::arg("capacity"),
+               py::arg("remainder"));
 }

@@ -23,9 +23,6 @@ _MUST_AGREE = (
     "train.global_batch_size",
     "data.seq_len",
     "data.document_mask",
-    "data.packing",
-    "data.loss_on",
-    "data.overlong",
 )
 
 
@@ -43,11 +40,11 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run under one configuration and corpus.
 
-    data_identity: what the order of the samples depends on, in words, by name (TrainingData.identity); resuming on
-    other data would silently repeat some of it and skip some.
+    data_identity: what the samples depend on (TrainingData.identity); resuming on other data would silently repeat
+    some of it and skip some.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine, data_identity: dict[str, str]) -> None:
+    def __init__(self, config: Config, engine: TrainEngine, data_identity: dict[str, Any]) -> None:
         self.config = config
         self.engine = engine
         self.data_identity = data_identity
@@ -98,11 +95,11 @@ class Checkpoints:
             for key, size in index["layout"].items()
             if size != self._layout()[key]
         ]
+        old_data, new_data = _flatten(index["data"]), _flatten(self.data_identity)
         differences += [
-            f"the training data's {name}: {index['data'].get(name, 'none')} there, "
-            f"{self.data_identity.get(name, 'none')} here"
-            for name in sorted(self.data_identity.keys() | index["data"].keys())
-            if self.data_identity.get(name) != index["data"].get(name)
+            f"the training data's {name}: {old_data.get(name)} there, {new_data.get(name)} here"
+            for name in sorted(old_data.keys() | new_data.keys())
+            if old_data.get(name) != new_data.get(name)
         ]
         if differences:
             raise CheckpointError(

@@ -25,7 +25,7 @@ from megazebra.errors import UserError
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import Group
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CHUNK_BYTES = 1 << 24
 
 
@@ -139,7 +139,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error}); point `latest` to an older folder") from error
     if index.get("format") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {index.get('format')!r}, this version reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format {index.get('format')!r}, this version reads {FORMAT_VERSION}; "
+            "go on with the version that wrote it, or choose another run.dir"
+        )
     return index
 
 

@@ -208,10 +208,13 @@ def optimizer_is_read(optimizer: OptimizerConfig) -> Problems:
 
 def validation_has_data(validation: ValidationConfig, data: DataConfig) -> Problems:
     if validation.interval and data.validation_path is None and not data.validation_sources:
-        yield "validation.interval", "needs a held-out corpus: set data.validation_path, or validation.interval=0"
+        yield (
+            "validation.interval",
+            "needs a held-out corpus: set data.validation_path or data.validation_sources, or validation.interval=0",
+        )
 
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def data_is_named_once(data: DataConfig) -> Problems:
@@ -220,7 +223,7 @@ def data_is_named_once(data: DataConfig) -> Problems:
             yield f"data.{several}", f"and data.{one} are both given; name that corpus in data.{several} too"
         for name in getattr(data, several):
             if not _NAME.fullmatch(name):
-                yield f"data.{several}", f"has the name {name!r}; take letters, digits, '_', '-' and '.'"
+                yield f"data.{several}", f"has the name {name!r}; take letters, digits, '_' and '-'"
 
 
 def sources_fit(data: DataConfig) -> Problems:
@@ -238,10 +241,14 @@ def sources_fit(data: DataConfig) -> Problems:
 
 
 def megatron_order_fits(data: DataConfig) -> Problems:
+    split = data.megatron_split
     if data.index_compat != "megatron":
+        if split is not None:
+            yield "data.megatron_split", "is not read with index_compat=none, only with megatron; remove it"
         return
-    filtered = any(source.min_document_tokens or source.max_document_tokens for source in data.sources.values())
-    if len(data.sources) > 1 or filtered:
+    if split is not None and not (split and split[0] > 0):
+        yield "data.megatron_split", "leaves nothing to train on; its first share is that of training"
+    if len(data.sources) > 1 or any(source.filters for source in data.sources.values()):
         yield "data.index_compat", "reproduces Megatron's order of one whole corpus; give one source without a filter"
     if data.packing != "concatenate":
         yield "data.packing", "must be concatenate with data.index_compat=megatron: Megatron cuts documents so"

@@ -46,6 +46,16 @@ def entry_section(key: str) -> type[Section] | None:
     return None
 
 
+def named_entry(key: str) -> tuple[str, list[str]] | None:
+    """data.sources.code.weight as the key that takes entries by name, and the path inside it; None for other keys."""
+    names = key.split(".")
+    for end in range(1, len(names)):
+        outer = ".".join(names[:end])
+        if outer in fields() and get_origin(fields()[outer].annotation) is dict:
+            return outer, names[end:]
+    return None
+
+
 def is_section(key: str) -> bool:
     return key != "" and key in sections()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     accepted: dict[str, Setting] = {}
     doubtful: set[str] = set()  # sections whose values are not all known: no check across keys would be fair
     for setting in settings:
+        if entry := keys.named_entry(setting.key):
+            setting = _within_entries(*entry, setting, accepted)
         if problem := _structural_problem(setting):
             problems.append(problem)
             doubtful.add(setting.key.partition(".")[0])
@@ -98,6 +101,17 @@ def _read_file(path: Path) -> list[Setting]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{path}:{line}: is not UTF-8; save the file as UTF-8"]) from None
     return read_settings(text, str(path), keys.is_section)
+
+
+def _within_entries(key: str, path: list[str], setting: Setting, accepted: dict[str, Setting]) -> Setting:
+    """The whole of a key that takes entries by name, as a setting of one of them or of a value in it leaves it."""
+    entries = copy.deepcopy(accepted[key].value) if key in accepted else {}
+    place = entries
+    for name in path[:-1]:
+        place = place.setdefault(name, {}) if isinstance(place, dict) else {}
+    if isinstance(place, dict):
+        place[path[-1]] = setting.value
+    return Setting(key, entries, setting.source, setting.problem)
 
 
 def _structural_problem(setting: Setting) -> str:

@@ -224,6 +224,11 @@ class SourceConfig(Section):
     max_document_tokens: Count | None = None
     """Take only documents of at most this many tokens."""
 
+    @property
+    def filters(self) -> bool:
+        """Whether the bounds leave any document out: those without a token give nothing anyway."""
+        return self.min_document_tokens > 1 or self.max_document_tokens is not None
+
 
 class DataConfig(Section):
     path: str | None = None
@@ -232,9 +237,10 @@ class DataConfig(Section):
     sources: dict[str, SourceConfig] = {}
     """Training corpora by name, instead of path; a corpus may appear twice, such as once for its long documents."""
     validation_path: str | None = None
-    """Prefix of the held-out corpus; null: no validation."""
+    """Prefix of the held-out corpus."""
     validation_sources: dict[str, str] = {}
-    """Prefixes of held-out corpora by name, instead of validation_path: each gets a loss of its own."""
+    """Prefixes of held-out corpora by name, instead of validation_path: each gets a loss of its own. With neither,
+    there is no validation."""
     seq_len: Count = 4096
     """Tokens per training sequence."""
     document_mask: bool = True
@@ -244,21 +250,26 @@ class DataConfig(Section):
     only documents longer than that and fills sequences with whole ones (Ding et al. 2024), a little padding
     remains. Conversations are always packed whole."""
     index_compat: Literal["none", "megatron"] = "none"
-    """megatron: samples in exactly the order Megatron-LM gives them for train.seed and this number of samples, to go
-    on with a run begun there; the order then changes with train.steps, as it does in Megatron."""
+    """megatron: samples in exactly the order Megatron-LM gives them for train.seed, megatron_split and this run's
+    number of samples, to go on with a run begun there; one corpus only. The order changes with train.steps, as it
+    does in Megatron."""
+    megatron_split: tuple[PositiveOrZero, ...] | None = None
+    """Megatron's --split of the corpus, such as [969, 30, 1], where it had one: training takes the first share.
+    Read with index_compat=megatron."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Instruction corpora: which tokens are learned, the assistant's or all. Text is always learned whole."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """Conversations longer than seq_len: refuse to start, leave them out, or keep their first seq_len tokens."""
+    """Conversations longer than seq_len: refuse to start, leave them out, or cut them there."""
     balance: bool = True
-    """Deal the samples of a step to data-parallel ranks by the attention they cost; false: in their order."""
+    """Deal the samples of a step to data-parallel ranks by the attention they cost, where sequences are long enough
+    for it to matter; false: in their order."""
 
 
 class ValidationConfig(Section):
     interval: CountOrZero = 0
     """Steps between validations; 0: only after the last step."""
     samples: Count = 64
-    """Sequences of one validation, always the same ones."""
+    """Sequences of one validation of a held-out corpus, always the same ones."""
 
 
 class CheckpointConfig(Section):

@@ -16,8 +16,8 @@ class PrefetchingLoader:
 
     Steps are asked for in order; another step than the next one is made on the spot and the work ahead
     starts over from there, so what comes out never depends on what was prefetched. An error of the thread
-    (a damaged corpus) is raised by the call that needs the step. One thread: reading and cutting release the
-    interpreter in the system calls, and the order of reads stays that of the samples.
+    (a damaged corpus) is raised by the call that needs the step. One thread is enough: the compiled kernels that
+    locate and read samples release the interpreter.
 
     depth: steps kept ready. stage: what the thread does with every micro-batch besides, such as slicing it and
     pinning its memory. wait_s: how long the last `next_step` waited for data, in seconds.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.index.boundaries import chunk_labels, document_positions
-from megazebra.data.index.order import Spans
+from megazebra.data.index.order import Pieces
 from megazebra.labels import IGNORE_INDEX
 
 
@@ -59,18 +59,18 @@ class Order(Protocol):
     @property
     def samples_per_epoch(self) -> int: ...
 
-    def locate(self, index: int) -> Spans: ...
+    def locate(self, index: int) -> Pieces: ...
 
 
 class ChunkedSamples:
     """Samples of an order whose pieces add up to L + 1 tokens.
 
     document_mask: a document's last token has no label, since what follows belongs to another document, which it
-    cannot see. documents: int64, the corpus's numbers of the order's documents; None: all of them.
+    cannot see. documents: integers, the corpus's numbers of the order's documents; None: all of them.
     """
 
     def __init__(
-        self, corpus: Corpus, order: Order, *, document_mask: bool, documents: NDArray[np.int64] | None = None
+        self, corpus: Corpus, order: Order, *, document_mask: bool, documents: NDArray[np.integer] | None = None
     ) -> None:
         self.corpus = corpus
         self.order = order
@@ -82,11 +82,11 @@ class ChunkedSamples:
         return self.order.samples_per_epoch
 
     def __getitem__(self, index: int) -> Sample:
-        spans = self.order.locate(index)
-        line = self.corpus.gather(_renamed(spans, self.documents))
-        lengths = _without_last_token(spans.lengths)
+        pieces = self.order.locate(index)
+        line = self.corpus.gather(_renamed(pieces, self.documents))
+        lengths = _without_last_token(pieces.lengths)
         if self.document_mask:
-            labels, positions = chunk_labels(line, spans.lengths), document_positions(lengths)
+            labels, positions = chunk_labels(line, pieces.lengths), document_positions(lengths)
         else:
             labels, positions = line[1:], np.arange(len(line) - 1)
         return Sample(line[:-1], labels, positions, lengths, index)
@@ -110,7 +110,7 @@ class PackedSamples:
         *,
         padding_id: int = 0,
         assistant_only: bool = False,
-        documents: NDArray[np.int64] | None = None,
+        documents: NDArray[np.integer] | None = None,
     ) -> None:
         self.corpus = corpus
         self.order = order
@@ -124,34 +124,34 @@ class PackedSamples:
         return self.order.samples_per_epoch
 
     def __getitem__(self, index: int) -> Sample:
-        spans = _renamed(self.order.locate(index), self.documents)
+        pieces = _renamed(self.order.locate(index), self.documents)
         # A piece that its document goes on behind has a label for its last token: the document's next one.
-        goes_on = spans.starts + spans.lengths < self.corpus.document_lengths[spans.documents]
-        read = spans._replace(lengths=spans.lengths + goes_on)
+        goes_on = pieces.starts + pieces.lengths < self.corpus.document_lengths[pieces.documents]
+        read = pieces._replace(lengths=pieces.lengths + goes_on)
         line = self.corpus.gather(read)
         following = np.append(line[1:], IGNORE_INDEX)
         if self.assistant_only:
             following[~np.append(self._in_assistant_spans(read)[1:], False)] = IGNORE_INDEX
         is_input = np.ones(len(line), dtype=np.bool_)
         is_input[np.cumsum(read.lengths)[goes_on] - 1] = False
-        used = int(spans.lengths.sum())
+        used = int(pieces.lengths.sum())
         tokens = np.full(self.seq_len, self.padding_id, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
         tokens[:used] = line[is_input]
         labels[:used] = following[is_input]
-        labels[np.cumsum(spans.lengths)[~goes_on] - 1] = IGNORE_INDEX
-        lengths = self._with_padding(spans)
+        labels[np.cumsum(pieces.lengths)[~goes_on] - 1] = IGNORE_INDEX
+        lengths = self._with_padding(pieces)
         return Sample(tokens, labels, document_positions(lengths), lengths, index)
 
     def document_lengths(self, index: int) -> list[int]:
         return self._with_padding(self.order.locate(index))
 
-    def _with_padding(self, spans: Spans) -> list[int]:
-        lengths: list[int] = spans.lengths.tolist()
+    def _with_padding(self, pieces: Pieces) -> list[int]:
+        lengths: list[int] = pieces.lengths.tolist()
         padding = self.seq_len - sum(lengths)
         return [*lengths, padding] if padding else lengths
 
-    def _in_assistant_spans(self, pieces: Spans) -> NDArray[np.bool_]:
+    def _in_assistant_spans(self, pieces: Pieces) -> NDArray[np.bool_]:
         """For every token of the pieces, laid end to end, whether the assistant says it."""
         said = np.zeros(int(pieces.lengths.sum()), dtype=np.bool_)
         position = 0
@@ -162,8 +162,10 @@ class PackedSamples:
         return said
 
 
-def _renamed(spans: Spans, documents: NDArray[np.int64] | None) -> Spans:
-    return spans if documents is None else spans._replace(documents=documents[spans.documents])
+def _renamed(pieces: Pieces, documents: NDArray[np.integer] | None) -> Pieces:
+    if documents is None:
+        return pieces
+    return pieces._replace(documents=documents[pieces.documents].astype(np.int64))
 
 
 def _without_last_token(lengths: NDArray[np.int64]) -> list[int]:

@@ -10,7 +10,8 @@ Per token and layer, forward: 2 x (weights of the projections); per visible pair
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from megazebra.config.schema import ModelConfig
 
@@ -47,9 +48,17 @@ def parameter_count(model: ModelConfig) -> int:
 
 def training_flops(model: ModelConfig, document_lengths: Iterable[int]) -> int:
     """Operations of forward and backward over these documents (a row without documents is one)."""
-    lengths = list(document_lengths)
-    tokens = sum(lengths)
+    return training_flops_of(model)(document_lengths)
+
+
+def training_flops_of(model: ModelConfig) -> Callable[[Iterable[int]], int]:
+    """The same as a function of the documents, for those who ask often."""
     weights = model.num_layers * layer_matrix_weights(model) + model.hidden_size * model.vocab_size
-    windows = [spec.window for spec in model.attention_specs()]
-    pairs = sum(windows.count(window) * attention_pairs(lengths, window) for window in set(windows))
-    return 3 * (2 * tokens * weights + 4 * model.num_attention_heads * model.head_size * pairs)
+    layers = Counter(spec.window for spec in model.attention_specs())
+
+    def flops(document_lengths: Iterable[int]) -> int:
+        lengths = list(document_lengths)
+        pairs = sum(count * attention_pairs(lengths, window) for window, count in layers.items())
+        return 3 * (2 * sum(lengths) * weights + 4 * model.num_attention_heads * model.head_size * pairs)
+
+    return flops

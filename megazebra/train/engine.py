@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -219,7 +219,7 @@ class TrainEngine:
             torch.cuda.synchronize(self.device)
         return StepResult(self._loss, grad_norm, lr, valid_tokens, skipped)
 
-    def evaluate(self, micro_batches: Sequence[Any]) -> float:
+    def evaluate(self, micro_batches: Iterable[Any]) -> float:
         """Mean loss over the valid tokens of all ranks' micro-batches (equally many on each rank)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.deepspeed.eval()

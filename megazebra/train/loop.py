@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from megazebra.checkpoint.manager import Progress
 from megazebra.data.batch import MicroBatch
+from megazebra.parallel.collectives import all_reduce
 from megazebra.plan.flops import training_flops
 from megazebra.train.session import Session
 
@@ -40,13 +43,13 @@ def _train(session: Session) -> Progress:
             progress.step + 1, progress.samples + batch_size, progress.tokens + batch_size * config.data.seq_len
         )
         seconds = time.perf_counter() - started
+        data_wait_s = longest_wait(session)
         if session.reporter is not None:
             session.reporter.step(
                 progress,
                 result,
                 seconds=seconds,
-                data_wait_s=session.loader.wait_s,
-                epochs=session.data.epochs(progress.samples),
+                data_wait_s=data_wait_s,
                 device_flops=device_flops(batches, session),
                 traffic=mesh.traffic,
                 samples=samples,
@@ -63,7 +66,7 @@ def _train(session: Session) -> Progress:
 def validate(session: Session, step: int) -> None:
     for name, batches in session.validation.items():
         started = time.perf_counter()
-        loss = session.engine.evaluate([batch.to(session.device) for batch in batches()])
+        loss = session.engine.evaluate(batch.to(session.device) for batch in batches())
         if session.reporter is not None:
             session.reporter.validation(step, name, loss, time.perf_counter() - started)
 
@@ -73,6 +76,13 @@ def save(session: Session, progress: Progress) -> None:
     folder = session.checkpoints.save(progress)
     if session.reporter is not None:
         session.reporter.checkpoint(progress.step, folder, time.perf_counter() - started)
+        session.reporter.epochs(progress.step, session.data.epochs(progress.samples))
+
+
+def longest_wait(session: Session) -> float:
+    """How long the slowest rank waited for this step's data, in seconds: the others waited for that rank."""
+    wait = torch.tensor([session.loader.wait_s], device=session.device)
+    return all_reduce(wait, session.mesh.world, maximum=True, label="data_wait").item()
 
 
 def device_flops(batches: list[MicroBatch], session: Session) -> float:

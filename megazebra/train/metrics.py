@@ -2,13 +2,12 @@
 
 Training rows (`"kind": "train"`), one per step:
     step              updates made, this one included
-    tokens            tokens seen since the start of the run, over all ranks
+    tokens            tokens seen since the start of the run, over all ranks, padding of packed sequences included
     loss              mean cross-entropy over the valid tokens of the global batch, nats
     grad_norm         global gradient norm before clipping
     lr                learning rate of the update
     step_time_s       wall time of the step, data included; reporting, validation and saving are not
-    data_wait_s       share of it that rank 0 waited for the next batch
-    epochs            how often each source of the training data has been gone through, by its name
+    data_wait_s       share of it that the slowest rank waited for the next batch
     tokens_per_s      tokens of the global batch / step_time_s
     flops_per_s       model operations of one device / step_time_s (megazebra/plan/flops.py says what counts)
     mfu               flops_per_s / peak of the device; null where the peak is not known
@@ -16,6 +15,7 @@ Training rows (`"kind": "train"`), one per step:
     comm              the same by group and kind: {"tp.all_reduce": {"calls": .., "bytes": ..}}
     peak_memory_bytes most device memory rank 0 has allocated; on CPU its largest resident size
     skipped           why the update was not made; absent otherwise
+Data rows (`"kind": "data"`), one per checkpoint: step, epochs (how often each source has been gone through, by name).
 Validation rows (`"kind": "validation"`), one per held-out corpus: step, source ('' for data.validation_path), loss,
 seconds.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -26,7 +27,8 @@ def plot_loss(metrics: Path, target: Path, unigram: Mapping[str, float]) -> None
     validation: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["kind"] == "validation":
-            validation.setdefault(row["source"], []).append((tokens_at[row["step"]], row["loss"]))
+            loss = math.nan if row["loss"] is None else row["loss"]
+            validation.setdefault(row["source"], []).append((tokens_at[row["step"]], loss))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     if train:
         tokens, losses = zip(*train, strict=True)

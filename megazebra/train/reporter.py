@@ -52,7 +52,6 @@ class Reporter:
         *,
         seconds: float,
         data_wait_s: float,
-        epochs: dict[str, float],
         device_flops: float,
         traffic: TrafficCounter,
         samples: str,
@@ -68,7 +67,6 @@ class Reporter:
             "lr": result.lr,
             "step_time_s": seconds,
             "data_wait_s": data_wait_s,
-            "epochs": epochs,
             "tokens_per_s": tokens / seconds,
             "flops_per_s": device_flops / seconds,
             "mfu": device_flops / seconds / self.peak if self.peak else None,
@@ -85,6 +83,9 @@ class Reporter:
         row = {"kind": "validation", "step": step, "source": source, "loss": loss, "seconds": seconds}
         self._record(row)
         self.console.validation(row)
+
+    def epochs(self, step: int, epochs: dict[str, float]) -> None:
+        self._record({"kind": "data", "step": step, "epochs": epochs})
 
     def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
         self.message(f"step {step}: checkpoint {folder} ({seconds:.1f} s)")
@@ -111,8 +112,10 @@ class Reporter:
     def _summary(self, progress: Progress, skips: int) -> list[str]:
         rows = read_metrics(self.metrics.path)
         losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
-        validation = {row["source"]: row["loss"] for row in rows if row["kind"] == "validation"}  # the last of each
-        epochs = [row["epochs"] for row in rows if row["kind"] == "train"][-1:]
+        validation = {
+            row["source"]: _number(row["loss"]) for row in rows if row["kind"] == "validation"
+        }  # the last of each
+        epochs = [row["epochs"] for row in rows if row["kind"] == "data"][-1:]
         minutes, seconds = divmod(time.perf_counter() - self.started, 60)
         done = progress.step - self.first.step
         lines = [
@@ -135,3 +138,8 @@ class Reporter:
         lines += [f"    {name}" for name in ("metrics.jsonl", "loss.png", "config.yaml")]
         latest = (self.folder / "checkpoints" / "latest").read_text().strip()
         return [*lines, f"    checkpoints/{latest}"]
+
+
+def _number(value: float | None) -> float:
+    """A number as metrics.jsonl keeps it, which has none for NaN."""
+    return math.nan if value is None else value

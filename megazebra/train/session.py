@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +23,16 @@ from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.sources import Source, TrainingData, open_training_data, open_validation_data
 from megazebra.models.build import build_model, forward, model_runtime
+from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import ParallelMesh
-from megazebra.plan.flops import parameter_count, training_flops
+from megazebra.plan.flops import parameter_count, training_flops_of
 from megazebra.train.deepspeed_config import effective_zero_stage
 from megazebra.train.engine import TrainEngine, start_deepspeed
 from megazebra.train.reporter import Reporter
 from megazebra.train.trackers import check_trackers
+
+# Dealing out samples by cost is worth the trouble where one long document costs this many times what short ones do.
+WORTH_BALANCING = 1.05
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Session:
     engine: TrainEngine
     loader: PrefetchingLoader
     data: TrainingData
-    validation: dict[str, Callable[[], list[MicroBatch]]]
+    validation: dict[str, Callable[[], Iterator[MicroBatch]]]
     checkpoints: Checkpoints
     progress: Progress
     reporter: Reporter | None
@@ -60,9 +66,9 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)
-    _check_same_everywhere(mesh, data, held_out)
+    check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
-        print(*_introduction(config, mesh, device, data, runtime.backend.reason), sep="\n", flush=True)
+        print(*_introduction(config, mesh, device, data, held_out, runtime.backend.reason), sep="\n", flush=True)
     engine = TrainEngine(config, mesh, device, deepspeed_config, lambda: build_model(config, mesh, runtime), forward)
     checkpoints = Checkpoints(config, engine, data.identity)
     progress = checkpoints.resume()
@@ -122,24 +128,25 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _check_same_everywhere(mesh: ParallelMesh, data: TrainingData, held_out: dict[str, Source]) -> None:
+def check_same_everywhere(mesh: ParallelMesh, data: TrainingData, held_out: dict[str, Source]) -> None:
     """Every node may have the corpora on a disk of its own: the copies have to be equal."""
-    mine = data.identity | {f"held-out corpus {name}".rstrip(): s.corpus.fingerprint for name, s in held_out.items()}
-    seen: list[dict[str, str]] = [mine] * mesh.world.size
-    dist.all_gather_object(seen, mine)
-    for rank, theirs in enumerate(seen):
-        different = [name for name, value in seen[0].items() if theirs.get(name) != value]
-        if different:
-            raise CorpusError(
-                f"ranks 0 and {rank} read different data ({', '.join(different)}); copy the same files to every node"
-            )
+    mine = {source.name: source.identity for source in data.sources}
+    mine |= {f"held out {name}".rstrip(): source.identity for name, source in held_out.items()}
+    digests = gather_objects(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), mesh.world)
+    if len(set(digests)) == 1:
+        return
+    everyone = gather_objects(mine, mesh.world)
+    rank, theirs = next((rank, theirs) for rank, theirs in enumerate(everyone) if theirs != everyone[0])
+    names = ", ".join(name for name, identity in everyone[0].items() if theirs.get(name) != identity)
+    raise CorpusError(f"ranks 0 and {rank} read different data ({names}); copy the same files to every node")
 
 
 def _attention_cost(config: Config) -> Callable[[list[int]], float] | None:
-    """What a sample costs, by the windows of the layers; None where all samples cost the same or nobody asks."""
-    if not (config.data.balance and config.data.document_mask):
+    """What a sample costs, by the windows of the layers; None where all samples cost about the same."""
+    seq_len, cost = config.data.seq_len, training_flops_of(config.model)
+    if not config.data.balance or not config.data.document_mask:
         return None
-    return lambda document_lengths: training_flops(config.model, document_lengths)
+    return cost if cost([seq_len]) >= WORTH_BALANCING * cost([1] * seq_len) else None
 
 
 def _staging(mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch], MicroBatch]:
@@ -155,8 +162,8 @@ def _staging(mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch],
     return stage
 
 
-def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[[], list[MicroBatch]]:
-    return lambda: [
+def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[[], Iterator[MicroBatch]]:
+    return lambda: (
         batch.context_slice(mesh.cp.rank, mesh.cp.size)
         for batch in validation_batches(
             source.samples,
@@ -166,12 +173,13 @@ def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[
             dp_size=mesh.dp.size,
             document_mask=config.data.document_mask,
         )
-    ]
+    )
 
 
 def _unigram_bars(held_out: dict[str, Source]) -> dict[str, float]:
-    """Losses of a unigram model, where the corpora's sidecars know them."""
-    metas = {name: source.corpus.meta for name, source in held_out.items()}
+    """Losses of a unigram model, where the corpora's sidecars know them. Theirs are over all tokens, so there is none
+    for conversations, of which only a part is learned."""
+    metas = {name: source.corpus.meta for name, source in held_out.items() if not source.corpus.has_spans}
     return {
         name: meta.unigram_cross_entropy
         for name, meta in metas.items()
@@ -189,7 +197,12 @@ def _check_run_folder(config: Config) -> None:
 
 
 def _introduction(
-    config: Config, mesh: ParallelMesh, device: torch.device, data: TrainingData, backend: str
+    config: Config,
+    mesh: ParallelMesh,
+    device: torch.device,
+    data: TrainingData,
+    held_out: dict[str, Source],
+    backend: str,
 ) -> Iterator[str]:
     symbols = "".join("L" if spec.is_local else "G" for spec in config.model.attention_specs())
     millions = parameter_count(config.model) / 1e6
@@ -207,12 +220,18 @@ def _introduction(
     epochs = data.epochs(steps * batch_size)
     yield f"data     {steps} steps of {batch_size * config.data.seq_len:,} tokens; index builder: {builder.describe()}"
     for source, share in zip(data.sources, data.shares, strict=True):
-        kind = "conversations" if source.corpus.has_spans else "documents"
-        drawn = "" if len(data.sources) == 1 else f", {share:.1%} of the samples"
-        yield (
-            f"  {source.name}: {source.tokens:,} tokens in {source.documents:,} {kind}{drawn}, "
-            f"{epochs[source.name]:.2f} epochs"
-        )
-        if source.too_long:
-            done = "left out" if config.data.overlong == "drop" else f"cut to {config.data.seq_len} tokens"
-            yield f"    {source.too_long:,} conversations longer than data.seq_len are {done}"
+        drawn = "" if len(data.sources) == 1 else f"{share:.1%} of the samples, "
+        yield f"  {source.name}: {drawn}{epochs[source.name]:.2f} epochs of {_contents(source, config)}"
+    for name, source in held_out.items():
+        yield f"  {f'held out {name}'.rstrip()}: {_contents(source, config)}"
+
+
+def _contents(source: Source, config: Config) -> str:
+    kind = "conversations" if source.corpus.has_spans else "documents"
+    text = f"{source.tokens:,} tokens in {source.documents:,} {kind}"
+    if source.padding:
+        text += f", {source.padding:.2%} padding"
+    if source.too_long:
+        done = "left out" if config.data.overlong == "drop" else "cut"
+        text += f"; {source.too_long:,} longer than data.seq_len are {done}"
+    return text

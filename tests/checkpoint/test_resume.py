@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import pytest
 from support.distributed import run_distributed
@@ -15,7 +16,7 @@ from megazebra.models.initialization import full_weights
 from megazebra.train.engine import TrainEngine, start_deepspeed
 
 STEPS, STOP = 4, 2
-DATA = {"order": "none", "source a": "corpus 1"}
+DATA = {"order": {"version": 1}, "sources": {"a": {"corpus": "1"}}}
 
 
 def weights_of(engine: TrainEngine) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
                 assert weight.equal(resumed.weights[name]), (case, name)
 
 
-def resume_under(saved: Config, others: list[tuple[Config, dict[str, str]]]) -> list[str]:
+def resume_under(saved: Config, others: list[tuple[Config, dict[str, Any]]]) -> list[str]:
     """Messages of the refusals when `saved`'s checkpoint is resumed under other configurations or data."""
     start_deepspeed(CPU, timeout_s=60)
     engine = make_engine(saved)
@@ -107,7 +108,7 @@ def test_refuses_what_is_another_run_and_names_it() -> None:
             {"parallel__zero_stage": 2},
         ]
         others = [(tiny_config(run__dir=folder, **change), DATA) for change in changed]
-        others.append((tiny_config(run__dir=folder), {"order": "none", "source b": "corpus 2"}))
+        others.append((tiny_config(run__dir=folder), {"order": {"version": 2}, "sources": {"b": {"corpus": "1"}}}))
         same, continued, model, optimizer, stage, data = run_distributed(
             resume_under, 1, tiny_config(run__dir=folder), others
         )[0]
@@ -117,6 +118,7 @@ def test_refuses_what_is_another_run_and_names_it() -> None:
     assert "model.window=5 there, 7 here" in model
     assert "optimizer.name='adamw' there, 'sgd' here" in optimizer
     assert "zero_stage size 0 there, 2 here" in stage
-    assert "the training data's source a: corpus 1 there, none here" in data
-    assert "the training data's source b: none there, corpus 2 here" in data
+    assert "the training data's order.version: 1 there, 2 here" in data
+    assert "the training data's sources.a.corpus: 1 there, None here" in data
+    assert "the training data's sources.b.corpus: None there, 1 here" in data
     assert "choose another run.dir" in data

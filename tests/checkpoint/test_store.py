@@ -114,8 +114,8 @@ def flip(path: Path) -> None:
         (lambda f: (f / "rank_0.bin").write_bytes(b"wei"), r"rank_0.bin has 3 bytes, 6 were written"),
         (lambda f: (f / "rank_0.bin").unlink(), r"rank_0.bin is missing"),
         (lambda f: (f / "index.json").unlink(), r"index.json is missing or damaged"),
-        (lambda f: (f / "index.json").write_text('{"format": 1, "fil'), r"index.json is missing or damaged"),
-        (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 1"),
+        (lambda f: (f / "index.json").write_text('{"format": 2, "fil'), r"index.json is missing or damaged"),
+        (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 2"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:

@@ -200,7 +200,10 @@ def test_accepted(overrides: list[str]) -> None:
         ),
         (
             ["validation.interval=4"],
-            ["validation.interval=4: needs a held-out corpus: set data.validation_path, or validation.interval=0"],
+            [
+                "validation.interval=4: needs a held-out corpus: set data.validation_path or data.validation_sources, "
+                "or validation.interval=0"
+            ],
         ),
     ],
 )

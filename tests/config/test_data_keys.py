@@ -29,6 +29,19 @@ def test_sources_are_read_and_saved(tmp_path: Path) -> None:
     assert load_config(tmp_path / "saved.yaml") == config
 
 
+def test_one_value_of_a_source_is_overridden(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(YAML)
+    overrides = [
+        "data.sources.long.weight=0.9",
+        "data.sources.more={path: x, weight: 1}",
+        "data.validation_sources.m=y",
+    ]
+    data = load_config(tmp_path / "run.yaml", overrides).data
+    assert (data.sources["long"].weight, data.sources["long"].min_document_tokens) == (0.9, 32768)
+    assert data.sources["more"].path == "x"
+    assert data.validation_sources == {"books": "held/books", "m": "y"}
+
+
 def test_help_documents_the_keys_of_a_source() -> None:
     text = help_text(100)
     assert "min_document_tokens  (a whole number >= 0)" in text
@@ -52,6 +65,11 @@ def test_help_documents_the_keys_of_a_source() -> None:
             "gives some weights but none for b; give every source one, or none",
         ),
         (["data.sources={a/b: {path: x}}"], "has the name 'a/b'; take letters, digits"),
+        (["data.sources.a.weight=2"], "data.sources.a.path is missing"),
+        (["data.sources.a.b.c=2"], "unknown key 'data.sources.a.b'"),
+        (["data.sources=3", "data.sources.a.path=x"], "must be {NAME: {path: ..., weight: ..."),
+        (["data.megatron_split=[969, 30, 1]"], "is not read with index_compat=none"),
+        (["data.index_compat=megatron", "data.megatron_split=[0, 1]"], "leaves nothing to train on"),
         (["data.path=x", "data.sources={a: {path: x}}"], "and data.path are both given"),
         (["data.validation_path=x", "data.validation_sources={a: x}"], "and data.validation_path are both given"),
         (

@@ -200,8 +200,8 @@ schedule: 5
             "tiny.yaml:7: parallel.context=2: context parallelism is not available yet in this version; "
             "set parallel.context=1",
             "tiny.yaml:10: train.guard.sigma='no': must be a number > 0",
-            "tiny.yaml:11: validation.interval=4: needs a held-out corpus: set data.validation_path, "
-            "or validation.interval=0",
+            "tiny.yaml:11: validation.interval=4: needs a held-out corpus: set data.validation_path "
+            "or data.validation_sources, or validation.interval=0",
             "tiny.yaml:12: optimizer.momentum=0.5: is not read with name=adamw, only with sgd; remove it",
             "tiny.yaml:13: schedule=5: is a section; set its keys, such as schedule.kind",
             "command line --train.steps=abc: must be a whole number >= 1",

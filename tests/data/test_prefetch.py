@@ -24,9 +24,11 @@ class CountingLoader:
         self.made: list[int] = []
         self.threads: set[str] = set()
         self.broken_at: int | None = None
+        self.pause_s = 0.0
 
     def next_step(self, consumed_samples: int) -> list[MicroBatch]:
         self.threads.add(threading.current_thread().name)
+        time.sleep(self.pause_s)
         self.made.append(consumed_samples)
         if consumed_samples == self.broken_at:
             raise CorpusError("short read")
@@ -58,7 +60,25 @@ def test_steps_come_in_order_and_two_are_ready_beforehand(source: CountingLoader
     assert source.made == [step * GLOBAL_BATCH for step in range(7)], "each step once"
     assert len(source.threads) == 1
     assert threading.current_thread().name not in source.threads
-    assert loader.wait_s >= 0
+
+
+def test_a_wait_is_measured(source: CountingLoader, loader: PrefetchingLoader) -> None:
+    source.pause_s = 0.05
+    loader.next_step(0)
+    assert loader.wait_s >= 0.05
+
+
+def test_the_thread_stages_every_micro_batch(source: CountingLoader) -> None:
+    staged_by: list[str] = []
+
+    def stage(batch: MicroBatch) -> MicroBatch:
+        staged_by.append(threading.current_thread().name)
+        return -batch  # type: ignore[operator, return-value]
+
+    loader = PrefetchingLoader(source, stage=stage)  # type: ignore[arg-type]
+    assert loader.next_step(4) == [-4]
+    loader.close()
+    assert set(staged_by) == source.threads
 
 
 def test_another_step_than_the_next_is_made_on_the_spot(source: CountingLoader, loader: PrefetchingLoader) -> None:

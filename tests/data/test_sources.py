@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(folder: Path, **data: Any) -> TrainingData:
-    for source in data.get("sources", {}).values():
-        source["path"] = str(folder / source["path"])
+    if "sources" in data:
+        named = data["sources"].items()
+        data["sources"] = {name: {**source, "path": str(folder / source["path"])} for name, source in named}
     if "path" in data:
         data["path"] = str(folder / data["path"])
     config = {
@@ -68,7 +70,7 @@ def test_shares_are_kept_at_every_point(folder: Path) -> None:
 
 def test_without_weights_the_tokens_decide(folder: Path) -> None:
     data = training(folder, sources={"a": {"path": "a"}, "b": {"path": "b"}})
-    tokens = [Corpus.open(folder / name).tokens for name in "ab"]
+    tokens = [Corpus(folder / name).tokens for name in "ab"]
     assert data.shares == pytest.approx([n / sum(tokens) for n in tokens])
 
 
@@ -89,14 +91,14 @@ def test_long_documents_at_a_share_of_their_own(folder: Path) -> None:
             "all": {"path": "b", "weight": 0.4},
         },
     )
-    long, everything = data.sources
+    everything, long = data.sources  # in the order of their names
     assert (long.documents, everything.documents) == (20, 220)
-    lengths = Corpus.open(folder / "b").document_lengths
+    lengths = Corpus(folder / "b").document_lengths
     found = set(long.samples.documents.tolist())
     assert found == set(np.flatnonzero(lengths >= 100).tolist())
     # What is laid into samples are those documents' tokens, and no others'.
-    epoch = [data.sources[0].samples[i] for i in range(long.samples.samples_per_epoch)]
-    expected = Counter(t for d in found for t in Corpus.open(folder / "b").read(d).tolist())
+    epoch = [long.samples[i] for i in range(long.samples.samples_per_epoch)]
+    expected = Counter(t for d in found for t in Corpus(folder / "b").read(d).tolist())
     seen = Counter(t for sample in epoch for t in sample.tokens.tolist())
     assert sum((expected - seen).values()) <= SEQ_LEN
     assert not seen - expected
@@ -156,7 +158,7 @@ def test_conversations_are_whole_and_only_the_assistant_is_learned(folder: Path)
 def test_loss_on_all_learns_the_questions_too(folder: Path) -> None:
     samples = training(folder, path="talk", loss_on="all").sources[0].samples
     counted = sum(int((samples[i].labels != IGNORE_INDEX).sum()) for i in range(samples.samples_per_epoch))
-    assert counted == Corpus.open(folder / "talk").tokens - 100
+    assert counted == Corpus(folder / "talk").tokens - 100
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
@@ -164,7 +166,7 @@ def test_overlong_conversations(folder: Path, policy: str) -> None:
     with pytest.raises(CorpusError, match=r"conversations of more than data\.seq_len=12 .* set data\.overlong"):
         training(folder, path="talk", seq_len=12)
     data = training(folder, path="talk", seq_len=12, overlong=policy)
-    lengths = Corpus.open(folder / "talk").document_lengths
+    lengths = Corpus(folder / "talk").document_lengths
     (source,) = data.sources
     assert source.too_long == int((lengths > 12).sum()) > 0
     assert source.documents == (100 if policy == "truncate" else 100 - source.too_long)
@@ -179,7 +181,7 @@ def test_overlong_conversations(folder: Path, policy: str) -> None:
 def test_conversations_need_the_document_mask(folder: Path) -> None:
     with pytest.raises(CorpusError, match=r"holds conversations, .* set data\.document_mask=true"):
         training(folder, path="talk", document_mask=False)
-    with pytest.raises(CorpusError, match=r"set data\.index_compat=none"):
+    with pytest.raises(CorpusError, match=r"which Megatron's order would cut; set data\.index_compat=none"):
         training(folder, path="talk", index_compat="megatron")
 
 
@@ -191,37 +193,87 @@ def test_held_out_corpora_have_names(folder: Path) -> None:
     assert held_out["first"].samples[0].tokens.tolist() == read_line(folder / "a", SEQ_LEN)
     assert (held_out["talks"].samples[0].tokens[0], held_out["talks"].tokens) == (
         30,
-        100 * 0 + tokens_of(folder / "talk"),
+        tokens_of(folder / "talk"),
     )
 
 
 def read_line(prefix: Path, count: int) -> list[int]:
-    corpus = Corpus.open(prefix)
+    corpus = Corpus(prefix)
     return [t for d in range(corpus.documents) for t in corpus.read(d).tolist()][:count]
 
 
 def tokens_of(prefix: Path) -> int:
-    return Corpus.open(prefix).tokens
+    return Corpus(prefix).tokens
+
+
+TWO = {"a": {"path": "a", "weight": 1.0}, "b": {"path": "b", "weight": 1.0}}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"sources": {"a": {"path": "a", "weight": 2.0}, "b": {"path": "b", "weight": 1.0}}},
-        {"sources": {"a": {"path": "a", "weight": 1.0}, "b": {"path": "a", "weight": 1.0}}},
-        {"sources": {"a": {"path": "a", "weight": 1.0}, "c": {"path": "b", "weight": 1.0}}},
-        {"sources": {"a": {"path": "a", "weight": 1.0, "min_document_tokens": 5}, "b": {"path": "b", "weight": 1.0}}},
+        {"sources": {**TWO, "a": {"path": "a", "weight": 2.0}}},
+        {"sources": {**TWO, "b": {"path": "a", "weight": 1.0, "max_document_tokens": 30}}},
+        {"sources": {"a": TWO["a"], "c": TWO["b"]}},
+        {"sources": {**TWO, "a": {"path": "a", "weight": 1.0, "min_document_tokens": 5}}},
+        {"sources": TWO, "packing": "best_fit"},
     ],
 )
 def test_every_change_of_the_data_changes_its_identity(folder: Path, change: dict[str, Any]) -> None:
-    same = {"sources": {"a": {"path": "a", "weight": 1.0}, "b": {"path": "b", "weight": 1.0}}}
-    before = training(folder, **same).identity
-    assert (
-        training(folder, sources={"a": {"path": "a", "weight": 1}, "b": {"path": "b", "weight": 1}}).identity == before
-    )
-    assert training(folder, **change).identity != before
+    assert training(folder, **change).identity != training(folder, sources=TWO).identity
 
 
-def test_megatrons_order_depends_on_the_runs_length_and_says_so(folder: Path) -> None:
-    assert "Megatron's of 80 samples" in training(folder, path="a", index_compat="megatron").identity["order"]
-    assert training(folder, path="a").identity["order"] == "none"
+def test_what_changes_no_sample_leaves_the_identity(folder: Path, tmp_path: Path) -> None:
+    before = training(folder, sources=TWO)
+    reordered = training(folder, sources=dict(reversed(TWO.items())))
+    assert reordered.identity == before.identity
+    assert [reordered[i].tokens.tolist() for i in range(20)] == [before[i].tokens.tolist() for i in range(20)]
+    # Neither where a corpus lies, nor a filter that filters nothing, nor rules that only conversations read.
+    for suffix in (".bin", ".idx", ".meta.json"):
+        shutil.copy(folder / f"a{suffix}", tmp_path / f"moved{suffix}")
+    assert training(tmp_path, path="moved").identity == training(folder, path="a", overlong="drop").identity
+    one = {"a": {"path": "a", "min_document_tokens": 1}}
+    assert training(folder, sources=one)[3].tokens.tolist() == training(folder, path="a")[3].tokens.tolist()
+
+
+def test_extreme_weights_are_taken_exactly(folder: Path) -> None:
+    huge = {name: {**source, "weight": 1e308} for name, source in TWO.items()}
+    assert training(folder, sources=huge).shares == [0.5, 0.5]
+
+
+def test_the_same_documents_twice_are_refused(folder: Path) -> None:
+    with pytest.raises(CorpusError, match="'a' and 'again' are the same documents"):
+        training(folder, sources={"a": {"path": "a"}, "again": {"path": "a"}})
+
+
+def test_filters_select_conversations_too(folder: Path) -> None:
+    (source,) = training(folder, sources={"talk": {"path": "talk", "max_document_tokens": 8}}).sources
+    assert source.documents == int((Corpus(folder / "talk").document_lengths <= 8).sum()) > 0
+    pieces = [n for i in range(source.samples.samples_per_epoch) for n in source.samples[i].document_lengths]
+    assert len([n for n in pieces if n > 8]) <= source.samples.samples_per_epoch  # nothing but padding
+
+
+def test_assistant_spans_at_the_edges(tmp_path: Path) -> None:
+    """A first token has nothing to be learned from; a last one has no label after it."""
+    with CorpusWriter(tmp_path / "edges", vocab_size=VOCAB, with_spans=True) as writer:
+        writer.add_document([1, 2, 3, 4], spans=np.array([[0, 1], [3, 4]]))
+    (source,) = training(tmp_path, path="edges").sources
+    assert source.samples[0].labels[:4].tolist() == [IGNORE_INDEX, IGNORE_INDEX, 4, IGNORE_INDEX]
+    assert source.samples[0].document_lengths == [4, SEQ_LEN - 4]
+
+
+def test_the_label_at_a_truncation_is_the_next_token(tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "long", vocab_size=VOCAB, with_spans=True) as writer:
+        writer.add_document([1, 2, 3, 4, 5, 6], spans=np.array([[2, 6]]))
+    (source,) = training(tmp_path, path="long", seq_len=4, overlong="truncate").sources
+    assert source.samples[0].tokens.tolist() == [1, 2, 3, 4]
+    assert source.samples[0].labels.tolist() == [IGNORE_INDEX, 3, 4, 5]
+
+
+def test_megatrons_order_depends_on_the_runs_length_and_split(folder: Path) -> None:
+    whole = training(folder, path="a", index_compat="megatron")
+    assert whole.identity["order"] == {"kind": "megatron", "samples": 80, "split": None}
+    part = training(folder, path="a", index_compat="megatron", megatron_split=[2, 1])
+    assert part.sources[0].documents == 200
+    documents = {int(d) for i in range(80) for d in part.sources[0].samples.order.locate(i).documents}
+    assert max(documents) < 200

@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("corpus") / "train"
     with CorpusWriter(prefix, vocab_size=100, eod_id=EOD) as writer:
         writer.add_documents([[*random.integers(1, 100, random.integers(0, 40)), EOD] for _ in range(200)])
-    return Corpus.open(prefix)
+    return Corpus(prefix)
 
 
 def chunked(corpus: Corpus, *, seed: int = 1, shuffle: bool = True, document_mask: bool = True) -> ChunkedSamples:
@@ -42,8 +42,8 @@ def samples(corpus):
 
 def naive_rows(corpus: Corpus, samples: ChunkedSamples, index: int, document_mask: bool):
     """Tokens, labels, positions and document lengths, one token at a time."""
-    spans = zip(*(column.tolist() for column in samples.order.locate(index)), strict=True)
-    line = [(d, int(t)) for d, start, n in spans for t in corpus.read(d, start, n)]
+    pieces = zip(*(column.tolist() for column in samples.order.locate(index)), strict=True)
+    line = [(d, int(t)) for d, start, n in pieces for t in corpus.read(d, start, n)]
     tokens, labels, positions, lengths = [], [], [], []
     document = None
     for here, after in itertools.pairwise(line):
@@ -84,7 +84,7 @@ def test_document_that_ends_with_the_inputs(tmp_path, document_mask, label):
     """Its label would be the next document's first token, which lies only in the L + 1st place."""
     with CorpusWriter(tmp_path / "two", vocab_size=10) as writer:
         writer.add_documents([[1] * (SEQ_LEN - 1) + [EOD], [3] * SEQ_LEN])
-    sample = chunked(Corpus.open(tmp_path / "two"), shuffle=False, document_mask=document_mask)[0]
+    sample = chunked(Corpus(tmp_path / "two"), shuffle=False, document_mask=document_mask)[0]
     assert sample.document_lengths == [SEQ_LEN]
     assert sample.labels.tolist() == [1] * (SEQ_LEN - 2) + [EOD, label]
 
@@ -94,6 +94,17 @@ def test_batch_moves_to_a_device(samples):
     moved = batch.to("meta")
     assert moved.tokens_BS.device.type == moved.labels_BS.device.type == moved.positions_BS.device.type == "meta"
     assert moved.document_lengths == batch.document_lengths
+
+
+def test_pinned_tensors_are_whole(samples, monkeypatch):
+    """Only contiguous memory can be pinned, which a context slice is not; what pins is stood in for, without a GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    part = collate([samples[0], samples[1]], document_mask=True).context_slice(1, 2)
+    batch = part.pinned()
+    assert [id(tensor) for tensor in pinned] == [id(t) for t in (batch.tokens_BS, batch.labels_BS, batch.positions_BS)]
+    assert all(tensor.is_contiguous() for tensor in pinned)
+    assert torch.equal(batch.labels_BS, part.labels_BS)
 
 
 def step_rows(samples, consumed, dp_size, micro_batch_size, global_batch_size=8):

@@ -11,7 +11,7 @@ from megazebra.config.schema import Config
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.sources import open_training_data, open_validation_data
 from megazebra.parallel.mesh import ParallelMesh
-from megazebra.train.session import _check_same_everywhere
+from megazebra.train.session import check_same_everywhere
 
 
 def compare_data(folders: list[Path]) -> str:
@@ -21,7 +21,7 @@ def compare_data(folders: list[Path]) -> str:
     config = Config.model_validate({"model": {"vocab_size": 100}, "data": data})
     mesh = ParallelMesh.build(config.parallel)
     try:
-        _check_same_everywhere(mesh, open_training_data(config), open_validation_data(config))
+        check_same_everywhere(mesh, open_training_data(config), open_validation_data(config))
     except ValueError as error:
         return str(error)
     return "equal"
@@ -39,7 +39,7 @@ def test_copies_on_every_node_have_to_be_equal(tmp_path: Path) -> None:
     assert run_distributed(compare_data, 2, same) == ["equal", "equal"]
     train = write_node(tmp_path / "train", train=3, validation=2)
     held_out = write_node(tmp_path / "held_out", train=1, validation=3)
-    expected = "ranks 0 and 1 read different data (source train); copy the same files to every node"
+    expected = "ranks 0 and 1 read different data (corpus); copy the same files to every node"
     assert run_distributed(compare_data, 2, [same[0], train]) == [expected, expected]
-    expected = "ranks 0 and 1 read different data (held-out corpus); copy the same files to every node"
+    expected = "ranks 0 and 1 read different data (held out); copy the same files to every node"
     assert run_distributed(compare_data, 2, [same[0], held_out]) == [expected, expected]

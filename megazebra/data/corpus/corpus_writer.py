@@ -16,13 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from megazebra.data.corpus.index_format import LONGEST_SEQUENCE, TOKEN_CODES, IndexArrays, pack_index, token_dtype
 from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.corpus.integers import as_integers
 from megazebra.data.corpus.sidecar import BlockChecksums, CorpusMeta
 from megazebra.data.corpus.spans_writer import SpansWriter
 from megazebra.data.corpus.token_counts import TokenCounts
+from megazebra.data.corpus.unigram import unigram_entropy
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.documents import end_to_end
-from megazebra.data.index.order import Spans
-from megazebra.data.prepare.unigram import unigram_entropy
+from megazebra.data.index.order import Pieces
 from megazebra.durable import partial_path, sync_folder, write_synced
 
 # Publishing order: whoever sees .idx sees a complete corpus.
@@ -34,14 +35,14 @@ class CorpusWriter:
     """Context manager that writes `prefix`.bin, `prefix`.meta.json, `prefix`.idx and, if asked, `prefix`.spans.
 
     Until the block ends the files carry temporary names in the same folder; an exception removes them.
-    Memory: 8 bytes per document, 8 per non-empty one and 16 per span, and a few times that at the end.
+    Memory: 16 bytes per document; with spans 8 more, and 16 per span. A few times that at the end.
 
     vocab_size: token ids have to be below it. dtype: integer type of the tokens in .bin, by default the one
     Megatron takes (uint16 below a vocabulary of 65,500, else int32). eod_id is recorded, not appended.
     with_spans: whether documents come with what the assistant says in them.
 
-    Raises CorpusError when dtype can't hold the vocabulary, for token ids outside the vocabulary (nothing is
-    ever wrapped), for spans that don't fit their document, and at the end when no token was written.
+    Raises CorpusError when dtype can't hold the vocabulary, for token ids and an eod_id outside the vocabulary
+    (nothing is ever wrapped), for spans that don't fit their document, and at the end when no token was written.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class CorpusWriter:
                 f"{prefix}: {self.dtype} cannot hold a vocabulary of {vocab_size} tokens; leave dtype out to take "
                 f"{token_dtype(vocab_size)}"
             )
+        if eod_id is not None and not 0 <= eod_id < vocab_size:
+            raise CorpusError(f"{prefix}: eod_id={eod_id} is outside the vocabulary of {vocab_size}; give another id")
         self.tokens = 0
         self._counts = TokenCounts(vocab_size)
         self._sequence_lengths = array("q")
@@ -96,7 +99,10 @@ class CorpusWriter:
         spans: of a corpus with them, token positions [start, end) that the assistant says, integers [k, 2] each.
         A document beyond 2^31 - 1 tokens, which the format cannot count, becomes several sequences.
         """
-        arrays = [self._integers(tokens, number) for number, tokens in enumerate(documents, self.documents)]
+        arrays = [
+            as_integers(tokens, (), f"{self.prefix}: document {number}", "give one list of integer token ids")
+            for number, tokens in enumerate(documents, self.documents)
+        ]
         lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
         # Joined with their like only: int64 and uint64 would become floats together.
         batches = [np.concatenate(list(alike)) for _, alike in groupby(filter(len, arrays), lambda ids: ids.dtype)]
@@ -104,7 +110,10 @@ class CorpusWriter:
         for ids in batches:
             self._check_range(ids, lengths, checked)
             checked += len(ids)
-        self._add_spans(spans, lengths)
+        given = [each for each in spans or () if each is not None]
+        self._require_spans(given=bool(given), missing=spans is None or len(given) < len(spans))
+        if self._spans is not None:
+            self._spans.add(given, lengths)
         for ids in batches:
             self._write(ids)
         self._add_lengths(lengths)
@@ -119,9 +128,11 @@ class CorpusWriter:
                 f"{corpus.prefix} has {corpus.vocab_size or 'an unknown number of'} token ids, {self.prefix} takes "
                 f"{self.vocab_size}; open it with a vocab_size of its tokenizer, which has to be the same"
             )
-        spans = [corpus.spans(document) for document in range(corpus.documents)] if corpus.has_spans else None
         lengths = corpus.document_lengths.astype(np.int64)
-        self._add_spans(spans, lengths)
+        self._require_spans(given=corpus.has_spans, missing=not corpus.has_spans)
+        if self._spans is not None:
+            assert corpus.document_spans is not None, f"{corpus.prefix} was opened without spans"
+            self._spans.extend(corpus.document_spans, lengths)
         for pieces in _chunks(lengths):
             self._write(corpus.gather(pieces))
         self._add_lengths(lengths)
@@ -164,14 +175,6 @@ class CorpusWriter:
                 os.replace(self._partial(suffix), self.prefix + suffix)
             sync_folder(Path(self.prefix).parent)
 
-    def _integers(self, tokens: ArrayLike, number: int) -> NDArray:
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise CorpusError(
-                f"{self.prefix}: document {number} is {ids.dtype} {list(ids.shape)}; give one list of integer token ids"
-            )
-        return ids
-
     def _check_range(self, ids: NDArray[np.integer], lengths: NDArray[np.int64], before: int) -> None:
         """Refuse ids outside the vocabulary; `before` tokens of documents of these lengths precede them."""
         if ids.max() < self.vocab_size and ids.min() >= 0:
@@ -188,7 +191,10 @@ class CorpusWriter:
     def _write(self, ids: NDArray[np.integer]) -> None:
         stored = ids.astype(self.dtype.newbyteorder("<"), copy=False)
         raw = stored.view(np.uint8).data
-        self._bin.write(raw)
+        try:
+            self._bin.write(raw)
+        except OSError as error:  # a full disk; the file's name is what a user needs to know
+            raise OSError(error.errno, error.strerror, str(self._partial(".bin"))) from error
         self._checksums.update(raw)
         self.tokens += len(stored)
         self._counts.add(stored)
@@ -202,11 +208,9 @@ class CorpusWriter:
         self._sequence_lengths.frombytes(filled.tobytes())
         self._document_starts.frombytes(ends.tobytes())
 
-    def _add_spans(self, spans: Sequence[ArrayLike | None] | None, lengths: NDArray[np.int64]) -> None:
-        given = [each for each in spans or () if each is not None]
-        if self._spans is not None and spans is not None and len(given) == len(spans):
-            self._spans.add(given, lengths)
-        elif self._spans is not None or given:
+    def _require_spans(self, *, given: bool, missing: bool) -> None:
+        """Refuse documents unlike this corpus: some are given spans where it has none, or some miss them."""
+        if missing if self._spans else given:
             raise CorpusError(
                 f"{self.prefix}: documents from {self.documents} on come {'without' if self._spans else 'with'} "
                 "assistant spans, unlike this corpus; keep conversations and plain text in corpora of their own"
@@ -238,7 +242,7 @@ class CorpusWriter:
         return partial_path(self.prefix + suffix)
 
 
-def _chunks(lengths: NDArray[np.int64]) -> Iterator[Spans]:
+def _chunks(lengths: NDArray[np.int64]) -> Iterator[Pieces]:
     """All tokens of documents of these lengths in order, CHUNK_TOKENS at a time."""
     starts = end_to_end(lengths)
     for begin in range(0, int(starts[-1]), CHUNK_TOKENS):
@@ -246,4 +250,4 @@ def _chunks(lengths: NDArray[np.int64]) -> Iterator[Spans]:
         documents = np.arange(np.searchsorted(starts, begin, side="right") - 1, np.searchsorted(starts, end))
         documents = documents[lengths[documents] > 0]
         firsts = np.maximum(begin - starts[documents], 0)
-        yield Spans(documents, firsts, np.minimum(lengths[documents], end - starts[documents]) - firsts)
+        yield Pieces(documents, firsts, np.minimum(lengths[documents], end - starts[documents]) - firsts)

@@ -20,7 +20,7 @@ from megazebra.data.corpus.spans import DocumentSpans, read_spans
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.builder import native
 from megazebra.data.index.documents import Documents
-from megazebra.data.index.order import Spans
+from megazebra.data.index.order import Pieces
 
 LARGEST_ID = 2**63 - 1
 
@@ -30,7 +30,7 @@ class Corpus:
 
     Safe to share between threads and forked processes (reads don't move a file position); pickling it reopens
     the files and checks that they are still the same. Memory: 4 bytes per document, 8 if one is longer than 2^31 - 1
-    tokens.
+    tokens; with spans 8 more per document, and 16 per span.
 
     prefix: path without suffix. dtype: of the tokens in .bin. layout: the documents' lengths and where each begins.
     has_spans: whether it is an instruction corpus. document_spans: what the assistant said there; None without spans,
@@ -48,6 +48,14 @@ class Corpus:
         field: str = "data.path",
         by_sequence: bool = False,
     ) -> None:
+        """Open `prefix`.bin and `prefix`.idx, reading the index and holding it against the size of .bin.
+
+        vocab_size: the model's; a corpus made for a larger vocabulary is refused here, and a token id beyond it
+        when it is read. field: the configuration key that errors name. by_sequence: take Megatron's sequences for
+        documents, as its own order does; they differ where documents are empty or of several sequences.
+
+        Raises CorpusError when a file is missing, truncated, of another format, inconsistent or empty.
+        """
         self.prefix = os.fspath(prefix)
         self._field = field
         self._by_sequence = by_sequence
@@ -70,25 +78,6 @@ class Corpus:
         if spans_crc32 is not None:
             content += f" {spans_crc32}"
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-
-    @classmethod
-    def open(
-        cls,
-        prefix: str | os.PathLike[str],
-        *,
-        vocab_size: int | None = None,
-        field: str = "data.path",
-        by_sequence: bool = False,
-    ) -> Corpus:
-        """Open `prefix`.bin and `prefix`.idx, reading the index and holding it against the size of .bin.
-
-        vocab_size: the model's; a corpus made for a larger vocabulary is refused here, and a token id beyond it
-        when it is read. field: the configuration key that errors name. by_sequence: take Megatron's sequences for
-        documents, as its own order does; they differ where documents are empty or of several sequences.
-
-        Raises CorpusError when a file is missing, truncated, of another format, inconsistent or empty.
-        """
-        return cls(prefix, vocab_size=vocab_size, field=field, by_sequence=by_sequence)
 
     @property
     def documents(self) -> int:
@@ -123,13 +112,13 @@ class Corpus:
         self._check_ids(tokens, document, start)
         return tokens
 
-    def gather(self, spans: Spans, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    def gather(self, pieces: Pieces, out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Tokens of pieces of documents, end to end, int64 [sum of their lengths].
 
         out: where to put them, contiguous and of that shape, such as the row of a batch. Raises what `read` does;
         `out` is undefined then.
         """
-        tokens = int(spans.lengths.sum())
+        tokens = int(pieces.lengths.sum())
         if out is None:
             out = np.empty(tokens, dtype=np.int64)
         assert out.shape == (tokens,), f"{tokens} tokens into {list(out.shape)}"
@@ -142,10 +131,10 @@ class Corpus:
             self._bin.descriptor,
             self.dtype,
             LARGEST_ID if self.vocab_size is None else self.vocab_size - 1,
-            *spans,
+            *pieces,
             out,
         ):
-            self._read_each(spans, out)
+            self._read_each(pieces, out)
         return out
 
     def spans(self, document: int) -> NDArray[np.int64]:
@@ -227,10 +216,10 @@ class Corpus:
             return self.layout.start(document) * self.dtype.itemsize
         return int(self._offsets[document])
 
-    def _read_each(self, spans: Spans, out: NDArray[np.int64]) -> None:
-        """`gather` span by span: without the compiled kernel, and to say what that one stumbled over."""
+    def _read_each(self, pieces: Pieces, out: NDArray[np.int64]) -> None:
+        """`gather` piece by piece: without the compiled kernel, and to say what that one stumbled over."""
         end = 0
-        for document, start, length in zip(*(column.tolist() for column in spans), strict=True):
+        for document, start, length in zip(*(column.tolist() for column in pieces), strict=True):
             out[end : end + length] = self.read(document, start, length)
             end += length
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from megazebra.data.errors import CorpusError
 
@@ -17,26 +20,30 @@ MEND = "restore it, or remove it to go without checksums"
 CHECKSUM_BLOCK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class CorpusMeta:
-    """The fields of `prefix.meta.json`; lengths in tokens, entropies in nats per token."""
+    """The fields of `prefix.meta.json`; lengths in tokens, entropies in nats per token.
 
-    tokens: int
-    documents: int
-    vocab_size: int
+    Raises pydantic's ValidationError, a ValueError, for a field that is not what its annotation says.
+    """
+
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    vocab_size: Annotated[int, Field(ge=1, le=2**63)]
     dtype: str
-    eod_id: int | None
-    bin_bytes: int
-    checksum_block_bytes: int
-    bin_crc32: list[int]
-    idx_crc32: int
+    eod_id: NonNegativeInt | None = None
+    """Below vocab_size."""
+    bin_bytes: NonNegativeInt
+    checksum_block_bytes: PositiveInt
+    bin_crc32: list[NonNegativeInt]
+    idx_crc32: NonNegativeInt
     unigram_entropy: float
     """Entropy of the corpus's own token frequencies."""
-    spans_crc32: int | None = None
+    spans_crc32: NonNegativeInt | None = None
     """Instruction corpora: of `prefix.spans`."""
     unigram_cross_entropy: float | None = None
     """Held-out corpora: the loss of the training corpus's token frequencies here, the bar to beat."""
-    tokenizer: dict[str, str] | None = None
+    tokenizer: Annotated[dict[Literal["path", "fingerprint"], str], Field(min_length=2)] | None = None
     """`path` of tokenizer.json relative to this file's folder, and `fingerprint`, its sha256."""
     inputs: dict[str, Any] | None = None
     """Files, bytes and manifest hash of the text the corpus was made from."""
@@ -48,43 +55,30 @@ class CorpusMeta:
         return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
 
-# The fields Corpus computes with, and what they have to be.
-_CHECKED = {
-    "tokens": int,
-    "documents": int,
-    "vocab_size": int,
-    "dtype": str,
-    "bin_bytes": int,
-    "checksum_block_bytes": int,
-    "bin_crc32": list,
-    "idx_crc32": int,
-    "unigram_entropy": float,
-}
-
-
 def read_meta(path: Path) -> CorpusMeta | None:
     """The sidecar at `path`, or None where there is none (corpora that Megatron wrote).
 
-    Raises CorpusError when it is no JSON, of another format, or lacks fields.
+    Raises CorpusError when it is no JSON, of another format, or a field is missing or unusable.
     """
     try:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path} is not JSON ({error}); {MEND}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
         raise CorpusError(f"{path} is no {FORMAT} of version {VERSION}; {MEND}")
     known = {field.name for field in dataclasses.fields(CorpusMeta)}
-    wrong = [name for name, kind in _CHECKED.items() if not isinstance(fields.get(name), kind)]
-    if not wrong and fields["checksum_block_bytes"] < 1:
-        wrong.append("checksum_block_bytes")
-    if not wrong and not all(isinstance(checksum, int) for checksum in fields["bin_crc32"]):
-        wrong.append("bin_crc32")
+    try:
+        meta = CorpusMeta(**{name: value for name, value in fields.items() if name in known})
+    except ValidationError as error:
+        wrong = list(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors()))
+    else:
+        wrong = ["eod_id"] if meta.eod_id is not None and meta.eod_id >= meta.vocab_size else []
     if wrong:
-        raise CorpusError(f"{path} has no usable {', '.join(wrong)}; {MEND}")
-    fields.setdefault("eod_id", None)
-    return CorpusMeta(**{name: value for name, value in fields.items() if name in known})
+        found = ", ".join(f"{name} ({reprlib.repr(fields[name]) if name in fields else 'missing'})" for name in wrong)
+        raise CorpusError(f"{path} has no usable {found}; {MEND}")
+    return meta
 
 
 class BlockChecksums:

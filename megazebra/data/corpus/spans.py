@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from megazebra.data.corpus.index_format import REBUILD
 from megazebra.data.errors import CorpusError
@@ -41,9 +41,9 @@ class DocumentSpans(NamedTuple):
     bounds: NDArray[np.int64]
 
     @classmethod
-    def collect(cls, per_document: Sequence[ArrayLike]) -> DocumentSpans:
-        """One array of [start, end) pairs per document; an empty list says it has none."""
-        arrays = [np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in per_document]
+    def collect(cls, per_document: Sequence[NDArray[np.integer]]) -> DocumentSpans:
+        """One array of [start, end) pairs [k, 2] per document."""
+        arrays = [spans.astype(np.int64, copy=False) for spans in per_document]
         firsts = np.zeros(len(arrays) + 1, dtype=np.int64)
         np.cumsum([len(array) for array in arrays], out=firsts[1:])
         return cls(firsts, np.concatenate(arrays) if arrays else np.zeros((0, 2), dtype=np.int64))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megazebra.data.corpus.integers import as_integers
 from megazebra.data.corpus.spans import DocumentSpans, pack_spans
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.documents import end_to_end
@@ -25,14 +26,24 @@ class SpansWriter:
         self._bounds = array("q")
 
     def add(self, spans: Sequence[ArrayLike], lengths: NDArray[np.int64]) -> None:
-        """Spans, integers [k, 2], of documents of these lengths (tokens). Raises CorpusError where they don't fit."""
+        """Spans, integers [k, 2] each, of documents of these lengths (tokens).
+
+        Raises CorpusError for anything else, and where they don't fit their document.
+        """
         if len(spans) != len(lengths):
             raise CorpusError(f"{self._prefix}: {len(spans)} lists of spans came with {len(lengths)} documents")
-        collected = DocumentSpans.collect(spans)
-        if fault := collected.fault(lengths):
+        pairs = [
+            as_integers(each, (2,), f"{self._prefix}: spans of document {number}", "give a list of integer pairs")
+            for number, each in enumerate(spans, len(self._counts))
+        ]
+        self.extend(DocumentSpans.collect(pairs), lengths)
+
+    def extend(self, spans: DocumentSpans, lengths: NDArray[np.int64]) -> None:
+        """The spans of documents of these lengths (tokens). Raises CorpusError where they don't fit them."""
+        if fault := spans.fault(lengths):
             raise CorpusError(f"{self._prefix}: counted from document {len(self._counts)}, {fault}")
-        self._counts.frombytes(np.diff(collected.firsts).tobytes())
-        self._bounds.frombytes(collected.bounds.tobytes())
+        self._counts.frombytes(np.diff(spans.firsts).tobytes())
+        self._bounds.frombytes(spans.bounds.tobytes())
 
     def pack(self) -> bytes:
         """The bytes of the file."""

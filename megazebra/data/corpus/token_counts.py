@@ -18,10 +18,12 @@ class TokenCounts:
 
     def add(self, ids: NDArray[np.integer]) -> None:
         """Count these ids, [n], which are kept for a while."""
-        self._waiting.append(ids)
-        self._waiting_tokens += len(ids)
-        if self._waiting_tokens >= BATCH_TOKENS:
-            self.total()
+        for start in range(0, len(ids), BATCH_TOKENS):  # in pieces: counting makes int64 of what it counts
+            piece = ids[start : start + BATCH_TOKENS]
+            self._waiting.append(piece)
+            self._waiting_tokens += len(piece)
+            if self._waiting_tokens >= BATCH_TOKENS:
+                self.total()
 
     def total(self) -> NDArray[np.int64]:
         """The counts so far, int64 [vocab_size]."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.builder import native
 from megazebra.data.index.documents import Documents, end_to_end
-from megazebra.data.index.order import Spans, count_samples, cut_spans
+from megazebra.data.index.order import Pieces, count_samples, cut_pieces
 
 FINAL_EPOCH_SHARE = 0.80
 BLOCK_DOCUMENTS = 64  # between two remembered positions: 2 bits per document, and a search of one block
@@ -81,8 +81,8 @@ class MegatronOrder:
         """What the order keeps in memory beside the sequences' lengths."""
         return self._documents.nbytes + self._turns.nbytes + self._starts.nbytes
 
-    def locate(self, index: int) -> Spans:
-        """The spans of sample `index`, in order; their lengths add up to seq_len + 1. Documents are sequences.
+    def locate(self, index: int) -> Pieces:
+        """The pieces of sample `index`, in order; their lengths add up to seq_len + 1. Documents are sequences.
 
         Raises IndexError outside [0, num_samples).
         """
@@ -90,13 +90,13 @@ class MegatronOrder:
             raise IndexError(f"sample {index} of {self.num_samples}")
         position, length = int(self._turns[index]) * self.seq_len, self.seq_len + 1
         if (builder := native()) is not None:
-            return Spans(
+            return Pieces(
                 *builder.locate_listed(self._lengths, self._documents, self._starts, BLOCK_DOCUMENTS, position, length)
             )
         first = int(np.searchsorted(self._starts, position, side="right")) - 1
         last = int(np.searchsorted(self._starts, position + length, side="left"))
         documents = self._documents[first * BLOCK_DOCUMENTS : last * BLOCK_DOCUMENTS]
-        return cut_spans(documents, self._lengths[documents], position - int(self._starts[first]), length)
+        return cut_pieces(documents, self._lengths[documents], position - int(self._starts[first]), length)
 
 
 def _block_starts(lengths: NDArray[np.integer], documents: NDArray[np.int32]) -> NDArray[np.int64]:

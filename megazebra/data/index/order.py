@@ -26,7 +26,7 @@ from megazebra.data.index.permutation import KeyedPermutation, derive_key
 EPOCHS_IN_USE = 2  # the one being read, and the next one, which prefetching may have reached
 
 
-class Spans(NamedTuple):
+class Pieces(NamedTuple):
     """Pieces of documents: tokens [starts[i], starts[i] + lengths[i]) of documents[i], each length >= 1.
 
     All three int64 [n].
@@ -72,10 +72,10 @@ class SampleOrder:
             arrays += [epoch.blocks, epoch.starts]
         return sum({id(array): array.nbytes for array in arrays}.values())
 
-    def locate(self, index: int) -> Spans:
-        """The spans of sample `index` >= 0, in order; their lengths add up to seq_len + 1.
+    def locate(self, index: int) -> Pieces:
+        """The pieces of sample `index` >= 0, in order; their lengths add up to seq_len + 1.
 
-        Neighbouring spans are of different documents, and every span but the first begins its document.
+        Neighbouring pieces are of different documents, and every piece but the first begins its document.
 
         Raises IndexError when `index` is negative.
         """
@@ -86,7 +86,7 @@ class SampleOrder:
         if epoch is None:
             epoch = self._lay(number)
         sample = epoch.turns(turn) if epoch.turns else turn
-        return epoch.spans(sample * self.seq_len, self.seq_len + 1)
+        return epoch.pieces(sample * self.seq_len, self.seq_len + 1)
 
     def _lay(self, number: int) -> _Epoch:
         """An epoch, remembered until others push it out. Threads may lay one twice, to the same result."""
@@ -117,11 +117,11 @@ class _Epoch:
             self.blocks = KeyedPermutation(count, key, "blocks").all().astype(np.uint32)
             self.starts = end_to_end(np.diff(documents.block_starts)[self.blocks])
 
-    def spans(self, position: int, length: int) -> Spans:
+    def pieces(self, position: int, length: int) -> Pieces:
         """What lies at token positions [position, position + length) of the line."""
         documents, starts = self._documents, self.starts
         if (builder := native()) is not None:
-            return Spans(
+            return Pieces(
                 *builder.locate(
                     documents.lengths, self.blocks, starts, documents.block_documents, self._key, position, length
                 )
@@ -129,7 +129,7 @@ class _Epoch:
         first = int(np.searchsorted(starts, position, side="right")) - 1
         last = int(np.searchsorted(starts, position + length, side="left"))
         laid = np.concatenate([self._lay(block) for block in self.blocks[first:last].tolist()])
-        return cut_spans(laid, documents.lengths[laid], position - int(starts[first]), length)
+        return cut_pieces(laid, documents.lengths[laid], position - int(starts[first]), length)
 
     def _lay(self, block: int) -> NDArray[np.int64]:
         """The documents of a block in the epoch's order, int64."""
@@ -139,16 +139,16 @@ class _Epoch:
         return first + members
 
 
-def cut_spans(documents: NDArray[np.integer], lengths: NDArray[np.integer], position: int, length: int) -> Spans:
+def cut_pieces(documents: NDArray[np.integer], lengths: NDArray[np.integer], position: int, length: int) -> Pieces:
     """What lies at token positions [position, position + length) of these documents laid end to end."""
     starts = end_to_end(lengths)
     first = int(np.searchsorted(starts, position, side="right")) - 1
     last = int(np.searchsorted(starts, position + length, side="left"))
     begins = np.maximum(starts[first:last], position)
     taken = np.minimum(starts[first + 1 : last + 1], position + length) - begins
-    pieces = taken > 0
+    filled = taken > 0
     offsets = begins - starts[first:last]
-    return Spans(documents[first:last][pieces].astype(np.int64), offsets[pieces], taken[pieces])
+    return Pieces(documents[first:last][filled].astype(np.int64), offsets[filled], taken[filled])
 
 
 def count_samples(tokens: int, seq_len: int, source: str) -> int:

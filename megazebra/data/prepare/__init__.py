@@ -1,1 +1,1 @@
-"""From text and conversations to a corpus: inputs, tokenizers, encoding. Used by the tools, not by training."""
+"""From text and conversations to corpora, and back: inputs, tokenizers, encoding. For the tools, not for training."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.encoded import DocumentEncoder, EncodedDocument, Refused
-from megazebra.data.prepare.encoders import EncoderOptions
+from megazebra.data.prepare.encoders.encoded import DocumentEncoder, EncodedDocument, Refused
+from megazebra.data.prepare.inputs.records import EMPTY, Item, RecordOptions, read_items
+from megazebra.data.prepare.inputs.tasks import Task
+from megazebra.data.prepare.open_encoder import EncoderOptions
 from megazebra.data.prepare.parts import PartsFolder, PartWriter
-from megazebra.data.prepare.records import EMPTY, Item, RecordOptions, read_items
-from megazebra.data.prepare.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def encode_task(number: int, task: Task, encoder: DocumentEncoder, work: Work) -
             written = 0
             for batch in batches:
                 tokens_before = part.report.tokens
-                _encode(batch, encoder, part)
+                _encode(batch, encoder, part, work.encoder.max_tokens)
                 written += sum(item.bytes for item in batch)
                 yield Progress(number, part.report.position, part.report.tokens - tokens_before)
                 if written >= work.sizes.part:
@@ -73,7 +73,7 @@ def encode_task(number: int, task: Task, encoder: DocumentEncoder, work: Work) -
     yield Progress(number, task.bytes, 0)
 
 
-def _encode(batch: list[Item], encoder: DocumentEncoder, part: PartWriter) -> None:
+def _encode(batch: list[Item], encoder: DocumentEncoder, part: PartWriter, max_tokens: int | None) -> None:
     report = part.report
     good = [item for item in batch if not item.problem]
     for item in batch:
@@ -82,8 +82,11 @@ def _encode(batch: list[Item], encoder: DocumentEncoder, part: PartWriter) -> No
             report.bad_records += item.bad
     sides: dict[bool, list[EncodedDocument]] = {False: [], True: []}
     for item, document in zip(good, _documents(good, encoder), strict=True):
+        report.longest = max(report.longest, document.length)
+        report.overlong += max_tokens is not None and document.length > max_tokens
         if isinstance(document, Refused):
-            report.skipped.add(document.reason, item.place)
+            place = f"{item.place}, {document.details}" if document.details else item.place
+            report.skipped.add(document.reason, place)
         elif len(document.tokens) == 0:
             report.skipped.add(EMPTY, item.place)
         else:

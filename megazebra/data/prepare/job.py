@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from megazebra.data.errors import CorpusError
 from megazebra.data.prepare.encode_task import Sizes
-from megazebra.data.prepare.encoders import EncoderOptions
-from megazebra.data.prepare.inputs import InputFile, gather_files, manifest_fingerprint
-from megazebra.data.prepare.records import RecordOptions
-from megazebra.data.prepare.tasks import Task, TextDocument, plan_tasks, text_documents, with_nearest_held_out
-from megazebra.data.prepare.tokenizer import EOD_TOKEN
+from megazebra.data.prepare.encoders.tokenizer import EOD_TOKEN
+from megazebra.data.prepare.inputs.files import InputFile, gather_files, manifest_fingerprint
+from megazebra.data.prepare.inputs.records import RecordOptions
+from megazebra.data.prepare.inputs.tasks import Task, TextDocument, plan_tasks, text_documents, with_nearest_held_out
+from megazebra.data.prepare.open_encoder import EncoderOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,33 @@ class Preprocessing:
             raise CorpusError("give either --train-tokenizer VOCAB or --tokenizer FILE")
         if self.encoder.chat and self.train_tokenizer is not None:
             raise CorpusError("conversations need the special tokens of a chat tokenizer; give one with --tokenizer")
+        if self.encoder.chat and self.encoder.engine == "gigatoken":
+            raise CorpusError("conversations are encoded by tokenizers alone; leave out --engine gigatoken")
+        if not self.encoder.chat and (self.encoder.max_tokens is not None or self.encoder.overlong != "keep"):
+            raise CorpusError(
+                "--max-tokens and --overlong are for conversations; leave them out, or give --chat-template"
+            )
+        if self._is_in_folder_of_tokenizer():
+            raise CorpusError(
+                f"--output {self.output} is the folder of the tokenizer, whose files would be replaced; give another"
+            )
         if not 0 <= self.validation_share < 1:
             raise CorpusError(
                 f"--validation-share {self.validation_share} is outside [0, 1); give a share such as 0.02"
             )
+
+    def _is_in_folder_of_tokenizer(self) -> bool:
+        """Whether the output is to go beside the tokenizer, and no build has put that there."""
+        tokenizer = Path(self.encoder.tokenizer)
+        if not self.encoder.tokenizer or not tokenizer.exists() or Path(self.output, "train.meta.json").exists():
+            return False
+        folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+        return os.path.realpath(folder) == os.path.realpath(self.output)
+
+    @property
+    def encoder_here(self) -> EncoderOptions:
+        """For this process, which has all cores."""
+        return replace(self.encoder, threads=self.workers)
 
     @property
     def record_options(self) -> RecordOptions:

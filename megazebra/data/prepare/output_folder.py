@@ -10,38 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.corpus.sidecar import CorpusMeta
 from megazebra.data.errors import CorpusError
 
-Corpora = tuple[CorpusMeta, CorpusMeta | None]
+Corpora = tuple[Corpus, Corpus | None]
 
 
 def existing_corpora(folder: Path, request: dict[str, Any], tokenizer_file: str) -> Corpora | None:
-    """Sidecars of the training and validation corpus that a build of the same request left, None where incomplete.
+    """The training and validation corpus, closed, that a build of the same request left, None where incomplete.
 
     Raises CorpusError where something else is there that `--force` alone may replace.
     """
     if not (folder / "train.idx").exists():
         return None
     try:
-        train = corpus_meta(folder / "train")
-        validation = corpus_meta(folder / "validation") if (folder / "validation.idx").exists() else None
+        train = open_output(folder / "train")
+        validation = open_output(folder / "validation") if (folder / "validation.idx").exists() else None
     except CorpusError as error:
         raise CorpusError(f"{folder} holds a damaged corpus ({error}); pass --force to replace it") from error
-    for name, meta in (("train", train), ("validation", validation)):
-        if name == "train" or (folder / "validation.idx").exists():
-            _require_same(folder / name, request, (meta.request if meta else None) or {})
-    assert train is not None
-    expected = (train.inputs or {}).get("validation_documents", request["validation_share"])
+    for corpus in filter(None, (train, validation)):
+        _require_same(corpus.prefix, request, (corpus.meta.request if corpus.meta else None) or {})
+    assert train.meta is not None  # it was built by this request
+    expected = (train.meta.inputs or {}).get("validation_documents", request["validation_share"])
     complete = (folder / tokenizer_file).exists() and bool(expected) == (validation is not None)
     return (train, validation) if complete else None
 
 
-def corpus_meta(prefix: Path) -> CorpusMeta | None:
-    """The sidecar of a corpus that opens without complaint."""
-    corpus = Corpus.open(prefix, field="--output")
+def open_output(prefix: Path) -> Corpus:
+    """A corpus that opens without complaint, closed: for its lengths and its sidecar."""
+    corpus = Corpus(prefix, field="--output")
     corpus.close()
-    return corpus.meta
+    return corpus
 
 
 @contextlib.contextmanager
@@ -60,7 +58,7 @@ def only_builder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _require_same(prefix: Path, request: dict[str, Any], recorded: dict[str, Any]) -> None:
+def _require_same(prefix: str, request: dict[str, Any], recorded: dict[str, Any]) -> None:
     details = [
         f"{key} was {recorded.get(key)!r}, is {request.get(key)!r}"
         for key in {**request, **recorded}

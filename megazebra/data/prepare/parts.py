@@ -7,17 +7,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megazebra.data.corpus.corpus_writer import CorpusWriter
-from megazebra.data.prepare.encoded import DocumentEncoder, EncodedDocument
+from megazebra.data.errors import CorpusError
+from megazebra.data.prepare.encoders.encoded import DocumentEncoder, EncodedDocument
 from megazebra.durable import PARTIAL_SUFFIX, partial_path, sync_folder, write_synced
 
-PARTS = "parts"
+# Hidden, so that it is no input where the output folder lies among the inputs.
+PARTS = ".parts"
+BUILD_PREFIX = "build-"
 REPORT = "part.json"
 
 
@@ -50,7 +53,8 @@ class PartReport:
 
     stop: number of the last item of its task that is in it. position: bytes of the task read until then.
     complete: whether it is the last part of its task. corpora: names of those it has documents for. tokens: in them.
-    skipped: all that was left out; bad_records: how many of it only because of --skip-bad-records.
+    longest: document, in tokens, and overlong: how many are beyond --max-tokens, both before any was truncated or
+    dropped. skipped: all that was left out; bad_records: how many of it only because of --skip-bad-records.
     """
 
     stop: int = 0
@@ -58,6 +62,8 @@ class PartReport:
     complete: bool = False
     corpora: list[str] = field(default_factory=list)
     tokens: int = 0
+    longest: int = 0
+    overlong: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     bad_records: int = 0
 
@@ -74,7 +80,7 @@ class PartsFolder:
     """Where the parts of one build lie; its name is that of the build, so that parts of another never count."""
 
     def __init__(self, output: str | os.PathLike[str], build: str) -> None:
-        self.path = Path(output, PARTS, build)
+        self.path = Path(output, PARTS, BUILD_PREFIX + build)
 
     def prepare(self, *, with_bad_records: bool) -> None:
         """Make the folder; remove what killed processes left and, unless told, parts that left bad records out."""
@@ -89,7 +95,7 @@ class PartsFolder:
 
     def has_neighbours(self) -> bool:
         """Whether parts of other builds are there."""
-        return any(other != self.path for other in self.path.parent.iterdir())
+        return any(other != self.path for other in self._builds())
 
     def part(self, task: int, number: int) -> Path:
         return self.path / f"{task:06}-{number:04}"
@@ -105,13 +111,20 @@ class PartsFolder:
         return any(any(part.glob("*.idx")) for part in self._finished())
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.path.parent.rmdir()
+        self._remove([self.path])
 
     def remove_all(self) -> None:
         """Remove the parts of all builds."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self._remove(self._builds())
+
+    def _builds(self) -> list[Path]:
+        return list(self.path.parent.glob(f"{BUILD_PREFIX}*"))
+
+    def _remove(self, builds: Iterable[Path]) -> None:
+        for build in builds:
+            shutil.rmtree(build, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            self.path.parent.rmdir()
 
     def _finished(self) -> list[Path]:
         return [path.parent for path in self.path.glob(f"*/{REPORT}") if path.parent.suffix != PARTIAL_SUFFIX]
@@ -158,9 +171,13 @@ class PartWriter:
         try:
             os.rename(self._folder, self._target)
         except OSError:
-            # A killed build's worker was faster; what it wrote is the same.
+            # A killed build's worker was faster. What it wrote is the same, unless that build had other --workers.
             if not (self._target / REPORT).exists():
                 raise
+            if PartReport.read(self._target / REPORT) != self.report:
+                raise CorpusError(
+                    f"a process of an earlier build was still at work in {self._target}; try again"
+                ) from None
         sync_folder(self._target.parent)
 
     def __exit__(

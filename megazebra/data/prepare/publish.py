@@ -9,9 +9,9 @@ from typing import Any
 
 from megazebra.data.corpus.corpus_writer import SUFFIXES, CorpusWriter
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.prepare.encoded import DocumentEncoder
+from megazebra.data.corpus.unigram import unigram_cross_entropy
+from megazebra.data.prepare.encoders.encoded import DocumentEncoder
 from megazebra.data.prepare.parts import PartReport, PartsFolder
-from megazebra.data.prepare.unigram import unigram_cross_entropy
 from megazebra.durable import sync_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -45,7 +45,7 @@ def publish(
         for task, task_reports in enumerate(reports):
             for number, report in enumerate(task_reports):
                 for name in report.corpora:
-                    corpus = Corpus.open(parts.part(task, number) / name, field="part")
+                    corpus = Corpus(parts.part(task, number) / name, field="part")
                     writers[name].append(corpus)
                     corpus.close()
         tokenizer = {"path": encoder.file_name, "fingerprint": encoder.fingerprint}

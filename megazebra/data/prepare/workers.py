@@ -13,8 +13,9 @@ from multiprocessing.process import BaseProcess
 
 from megazebra.data.errors import CorpusError
 from megazebra.data.prepare.encode_task import Progress, Work, encode_task
-from megazebra.data.prepare.encoders import open_encoder
-from megazebra.data.prepare.tasks import Task
+from megazebra.data.prepare.encoders.encoded import DocumentEncoder
+from megazebra.data.prepare.inputs.tasks import Task
+from megazebra.data.prepare.open_encoder import open_encoder
 
 
 class WorkerDiedError(RuntimeError):
@@ -24,9 +25,10 @@ class WorkerDiedError(RuntimeError):
 NumberedTask = tuple[int, Task]
 
 
-def run_tasks(work: Work, tasks: Sequence[NumberedTask], workers: int) -> Iterator[Progress]:
+def run_tasks(work: Work, encoder: DocumentEncoder, tasks: Sequence[NumberedTask], workers: int) -> Iterator[Progress]:
     """Encode the tasks on `workers` cores: by as many processes as there is enough to do for, each with its threads.
 
+    encoder: opened with as many threads as there are workers; it encodes where this process is the only one.
     Raises what a worker raised (CorpusError, OSError), and WorkerDiedError. However it ends, no process is left behind.
     """
     total_bytes = sum(task.bytes for _, task in tasks)
@@ -34,11 +36,10 @@ def run_tasks(work: Work, tasks: Sequence[NumberedTask], workers: int) -> Iterat
     work = replace(work, encoder=replace(work.encoder, threads=max(1, workers // processes)))
     # Large tasks first, so that none of them begins when the other processes have nothing left to do.
     queue = sorted(tasks, key=lambda numbered: -numbered[1].bytes)
-    return _in_processes(work, queue, processes) if processes > 1 else _in_this_process(work, queue)
+    return _in_processes(work, queue, processes) if processes > 1 else _in_this_process(work, encoder, queue)
 
 
-def _in_this_process(work: Work, queue: Sequence[NumberedTask]) -> Iterator[Progress]:
-    encoder = open_encoder(work.encoder)
+def _in_this_process(work: Work, encoder: DocumentEncoder, queue: Sequence[NumberedTask]) -> Iterator[Progress]:
     for number, task in queue:
         yield from encode_task(number, task, encoder, work)
 

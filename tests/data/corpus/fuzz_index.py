@@ -20,7 +20,7 @@ from index_files import pack_idx, place
 
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.index.order import Spans
+from megazebra.data.index.order import Pieces
 
 ALLOWED_BYTES = 64 * 2**20
 BIN = bytes(range(48))
@@ -79,7 +79,7 @@ def serves(corpus: Corpus) -> bool:
     assert (lengths >= 0).all()
     assert corpus.tokens == int(lengths.sum()) > 0
     filled = np.flatnonzero(lengths)
-    everything = Spans(filled, np.zeros_like(filled), lengths[filled].astype(np.int64))
+    everything = Pieces(filled, np.zeros_like(filled), lengths[filled].astype(np.int64))
     try:
         read = [corpus.read(document) for document in range(corpus.documents)]
     except CorpusError:
@@ -107,7 +107,7 @@ def main(folder: Path, mutants: int, seed: int) -> None:
         prefix = place(folder, bytes(idx), BIN[: chance.choice((48, 48, 48, 47, 0))])
         for by_sequence in (False, True):
             try:
-                corpus = Corpus.open(prefix, vocab_size=chance.choice((None, 40)), by_sequence=by_sequence)
+                corpus = Corpus(prefix, vocab_size=chance.choice((None, 40)), by_sequence=by_sequence)
             except CorpusError:
                 outcomes["refused"] += 1
                 continue

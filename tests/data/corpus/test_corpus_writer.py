@@ -30,7 +30,7 @@ def write(prefix: Path, documents=DOCUMENTS, spans=None, **options) -> Path:
 def append(prefix: Path, *parts: Path, **options) -> Path:
     with CorpusWriter(prefix, **{"vocab_size": VOCABULARY, **options}) as writer:
         for part in parts:
-            writer.append(Corpus.open(part))
+            writer.append(Corpus(part))
     return prefix
 
 
@@ -45,14 +45,14 @@ def test_batches_and_single_documents_give_the_same_files(tmp_path):
             writer.add_document(tokens, spans)
         writer.add_documents([], [])
     assert content(tmp_path / "single") == content(whole)
-    corpus = Corpus.open(whole)
+    corpus = Corpus(whole)
     assert [corpus.read(document).tolist() for document in range(corpus.documents)] == DOCUMENTS
 
 
 def test_integers_of_any_type_stay_what_they_are(tmp_path):
     types = [np.uint64, np.int64, np.uint16, np.int8, np.uint64, np.dtype(">i4")]
     documents = [np.array([2**14 + n if np.dtype(kind).itemsize > 1 else n], kind) for n, kind in enumerate(types)]
-    corpus = Corpus.open(write(tmp_path / "corpus", documents, vocab_size=2**15))
+    corpus = Corpus(write(tmp_path / "corpus", documents, vocab_size=2**15))
     assert [int(corpus.read(n)[0]) for n in range(len(types))] == [int(ids[0]) for ids in documents]
 
 
@@ -82,9 +82,9 @@ def test_tokens_are_counted_across_batches(tmp_path, monkeypatch):
 def test_long_documents_become_full_sequences_and_a_rest(tmp_path, monkeypatch, tokens):
     monkeypatch.setattr(corpus_writer, "LONGEST_SEQUENCE", 4)
     prefix = write(tmp_path / "corpus", [[7] * tokens, [1]])
-    sequences = Corpus.open(prefix, by_sequence=True)
+    sequences = Corpus(prefix, by_sequence=True)
     assert sequences.document_lengths.tolist() == [*[4] * (tokens // 4), *([tokens % 4] if tokens % 4 else []), 1]
-    assert Corpus.open(prefix).document_lengths.tolist() == [tokens, 1]
+    assert Corpus(prefix).document_lengths.tolist() == [tokens, 1]
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,14 +112,14 @@ def test_appending_takes_a_bounded_number_of_tokens_at_a_time(tmp_path, monkeypa
     part = write(tmp_path / "part")
     gathered = []
     gather = Corpus.gather
-    monkeypatch.setattr(Corpus, "gather", lambda corpus, spans: gathered.append(spans) or gather(corpus, spans))
+    monkeypatch.setattr(Corpus, "gather", lambda corpus, pieces: gathered.append(pieces) or gather(corpus, pieces))
     append(tmp_path / "appended", part, part)
-    assert [int(spans.lengths.sum()) for spans in gathered] == [4, 4, 4] * 2
+    assert [int(pieces.lengths.sum()) for pieces in gathered] == [4, 4, 4] * 2
 
 
 def test_appending_changes_the_type_but_not_the_vocabulary(tmp_path):
     part = write(tmp_path / "part", dtype=np.int32)
-    appended = Corpus.open(append(tmp_path / "appended", part, vocab_size=VOCABULARY + 1))
+    appended = Corpus(append(tmp_path / "appended", part, vocab_size=VOCABULARY + 1))
     assert appended.dtype == np.uint16
     assert [appended.read(document).tolist() for document in range(appended.documents)] == DOCUMENTS
     with pytest.raises(CorpusError, match=r"part has 10 token ids, .*smaller takes 9"):
@@ -131,10 +131,10 @@ def test_appending_changes_the_type_but_not_the_vocabulary(tmp_path):
 
 
 def test_spans_come_back(tmp_path):
-    corpus = Corpus.open(write(tmp_path / "corpus", spans=SPANS))
+    corpus = Corpus(write(tmp_path / "corpus", spans=SPANS))
     assert corpus.has_spans
     assert [corpus.spans(document).tolist() for document in range(corpus.documents)] == SPANS
-    assert not Corpus.open(write(tmp_path / "plain")).has_spans
+    assert not Corpus(write(tmp_path / "plain")).has_spans
 
 
 def test_spans_are_held_against_their_checksum(tmp_path):
@@ -144,7 +144,7 @@ def test_spans_are_held_against_their_checksum(tmp_path):
     damaged[-16] ^= 1  # the last span, 0 to 1 of the last but one document, becomes empty
     path.write_bytes(damaged)
     with pytest.raises(CorpusError, match="does not match its checksum"):
-        Corpus.open(prefix)
+        Corpus(prefix)
 
 
 def test_corpus_rebuilt_without_spans_keeps_no_old_ones(tmp_path):
@@ -152,7 +152,7 @@ def test_corpus_rebuilt_without_spans_keeps_no_old_ones(tmp_path):
     Path(f"{prefix}.spans.partial").write_bytes(b"left by a killed run")
     write(prefix)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx", "corpus.meta.json"]
-    assert not Corpus.open(prefix).has_spans
+    assert not Corpus(prefix).has_spans
 
 
 @pytest.mark.parametrize("renames", range(len(SUFFIXES)))
@@ -170,7 +170,7 @@ def test_no_index_is_visible_before_everything_else(tmp_path, monkeypatch, renam
     with pytest.raises(KeyboardInterrupt):
         write(prefix, spans=SPANS)
     with pytest.raises(CorpusError, match=r"corpus\.idx does not exist"):
-        Corpus.open(prefix)
+        Corpus(prefix)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,16 @@ def test_no_index_is_visible_before_everything_else(tmp_path, monkeypatch, renam
         (None, "documents from 0 on come without assistant spans"),
         ([None, None], "documents from 0 on come without assistant spans"),
         ([[], None], "documents from 0 on come without assistant spans, unlike"),
+        ([[], [0, 1, 2]], r"spans of document 1 is int64 \[3\]; give a list of integer pairs"),
+        ([[[0, 1, 2]], []], r"spans of document 0 is int64 \[1, 3\]"),
+        ([[[0.5, 2.9]], []], r"spans of document 0 is float64 \[1, 2\]"),
+        ([[[0.0, 2.0]], []], r"spans of document 0 is float64 \[1, 2\]"),
+        ([[[False, True]], []], r"spans of document 0 is bool \[1, 2\]"),
+        ([[], [["0", "1"]]], r"spans of document 1 is <U1 \[1, 2\]"),
+        ([[], [[0, 1], [1]]], r"spans of document 1: setting an array element"),
+        ([np.zeros((2, 0), dtype=int), []], r"spans of document 0 is int64 \[2, 0\]"),
+        ([[[2**64, 2**65]], []], r"spans of document 0 is object \[1, 2\]"),
+        ([np.array([[0, 2**64 - 1]], dtype=np.uint64), []], "document 0 has 3 tokens and the span 0 to"),
     ],
 )
 def test_spans_that_do_not_fit_are_refused(tmp_path, spans, complaint):

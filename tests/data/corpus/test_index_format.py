@@ -43,7 +43,7 @@ def test_writer_makes_the_hand_made_bytes(tmp_path):
 
 @pytest.mark.parametrize("modes", [b"", bytes(3)], ids=["plain", "with modes"])
 def test_reader_reads_the_hand_made_bytes(tmp_path, modes):
-    corpus = Corpus.open(place(tmp_path, HAND_MADE_IDX + modes, HAND_MADE_BIN))
+    corpus = Corpus(place(tmp_path, HAND_MADE_IDX + modes, HAND_MADE_BIN))
     assert corpus.meta is None
     assert corpus.tokens == 6
     assert [corpus.read(i).tolist() for i in range(corpus.documents)] == DOCUMENTS
@@ -51,8 +51,8 @@ def test_reader_reads_the_hand_made_bytes(tmp_path, modes):
 
 def test_document_of_several_sequences(tmp_path):
     prefix = place(tmp_path, pack_idx(8, [3, 1, 2], [0, 6, 8], [0, 2, 3]), HAND_MADE_BIN)
-    assert contents(Corpus.open(prefix)) == [[5, 6, 7, 8], [9, 10]]
-    assert contents(Corpus.open(prefix, by_sequence=True)) == [[5, 6, 7], [8], [9, 10]]
+    assert contents(Corpus(prefix)) == [[5, 6, 7, 8], [9, 10]]
+    assert contents(Corpus(prefix, by_sequence=True)) == [[5, 6, 7], [8], [9, 10]]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 2**17])
@@ -78,11 +78,11 @@ def test_any_arrangement_reads_back(tmp_path, monkeypatch, piece, data):
         boundaries=[0, *accumulate(len(document) for document in documents)],
     )
     prefix = place(tmp_path, idx, content)
-    with closing(Corpus.open(prefix)) as corpus:
+    with closing(Corpus(prefix)) as corpus:
         assert contents(corpus) == [list(chain(*document)) for document in documents]
-    with closing(Corpus.open(prefix, by_sequence=True)) as corpus:
+    with closing(Corpus(prefix, by_sequence=True)) as corpus:
         assert contents(corpus) == sequences
-        assert corpus.fingerprint == Corpus.open(prefix).fingerprint
+        assert corpus.fingerprint == Corpus(prefix).fingerprint
 
 
 def has_tokens(documents: list[list[list[int]]]) -> bool:
@@ -99,11 +99,11 @@ def test_lengths_take_four_bytes_until_one_needs_more(tmp_path):
     os.truncate(f"{prefix}.bin", 2 * longest)
     with open(f"{prefix}.bin", "ab") as file:
         file.write(bytes([7, 8, 9]))
-    by_document = Corpus.open(prefix)
+    by_document = Corpus(prefix)
     assert by_document.document_lengths.dtype == np.int64
     assert by_document.document_lengths.tolist() == [longest, longest + 3]
     assert by_document.read(1, longest - 2).tolist() == [0, 0, 7, 8, 9]
-    by_sequence = Corpus.open(prefix, by_sequence=True)
+    by_sequence = Corpus(prefix, by_sequence=True)
     assert by_sequence.document_lengths.dtype == np.int32
     assert by_sequence.tokens == by_document.tokens == 2 * longest + 3
     assert by_sequence.read(2).tolist() == [7, 8, 9]
@@ -152,21 +152,21 @@ LENGTHS, OFFSETS, BOUNDARIES = 34, 34 + 12, 34 + 12 + 24
 )
 def test_damaged_index_is_refused(tmp_path, idx, complaint):
     with pytest.raises(CorpusError, match=complaint) as raised:
-        Corpus.open(place(tmp_path, idx, HAND_MADE_BIN))
+        Corpus(place(tmp_path, idx, HAND_MADE_BIN))
     assert "corpus.idx" in str(raised.value)
 
 
 @pytest.mark.parametrize("bin_", [b"", HAND_MADE_BIN[:-1], HAND_MADE_BIN + b"x"], ids=["empty", "short", "long"])
 def test_bin_of_another_size_is_refused(tmp_path, bin_):
     with pytest.raises(CorpusError, match=r"tools/preprocess_data\.py --force"):
-        Corpus.open(place(tmp_path, HAND_MADE_IDX, bin_))
+        Corpus(place(tmp_path, HAND_MADE_IDX, bin_))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16])
 def test_every_token_type_round_trips(tmp_path, dtype):
     with CorpusWriter(tmp_path / "corpus", vocab_size=100, dtype=dtype) as writer:
         writer.add_documents([[99, 0, 1], [], [50]])
-    corpus = Corpus.open(tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
     assert corpus.dtype == dtype
     assert [corpus.read(i).tolist() for i in range(3)] == [[99, 0, 1], [], [50]]
     assert corpus.read(0).dtype == np.int64
@@ -178,7 +178,7 @@ def test_every_token_type_round_trips(tmp_path, dtype):
 def test_any_documents_round_trip(tmp_path, documents):
     with CorpusWriter(tmp_path / "corpus", vocab_size=70_000) as writer:
         writer.add_documents(documents)
-    corpus = Corpus.open(tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
     assert corpus.dtype == np.int32
     assert [corpus.read(i).tolist() for i in range(corpus.documents)] == documents
     corpus.close()

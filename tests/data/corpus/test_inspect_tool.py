@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.prepare.tokenizer import byte_tokenizer, save_tokenizer, tokenizer_fingerprint
+from megazebra.data.prepare.encoders.tokenizer import byte_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_data.py"
 specification = importlib.util.spec_from_file_location("inspect_data", TOOL)
@@ -46,7 +49,7 @@ def test_text_tells_what_the_corpus_holds(prefix, capsys):
     code, out, err = run(capsys, prefix)
     assert (code, err) == (0, "")
     facts = {line[2:14].strip(): line[14:] for line in out.splitlines() if line.startswith("  ")}
-    corpus = Corpus.open(prefix)
+    corpus = Corpus(prefix)
     assert facts["documents"] == "4"
     assert facts["tokens"] == f"{corpus.tokens}"
     assert facts["bytes"] == f"{2 * corpus.tokens} of uint16"
@@ -67,7 +70,7 @@ def test_json_is_the_same_in_numbers(prefix, capsys):
     assert facts["length_percentiles"]["50"] == 21
     assert facts["samples"] == {"1": ""}
     assert facts["verified"] is True
-    assert facts["fingerprint"] == Corpus.open(prefix).fingerprint
+    assert facts["fingerprint"] == Corpus(prefix).fingerprint
 
 
 def test_samples_are_text(prefix, capsys):
@@ -120,9 +123,26 @@ def test_picture_is_a_png(prefix, capsys):
 
 def test_another_tokenizer_under_the_old_name_is_noticed(prefix, capsys):
     (prefix.parent / "tokenizer.json").write_text("{}")
-    code, _, err = run(capsys, prefix)
-    assert code == 1
+    code, out, err = run(capsys, prefix)
+    assert code == 0
+    assert err.startswith("note: ")
     assert "tokenizer.json is not the tokenizer that" in err
+    assert "end token   256\n" in out
+    code, out, err = run(capsys, prefix, "--sample", 0)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "tokenizer.json is not the tokenizer that" in err
+
+
+def test_a_reader_that_has_had_enough_is_no_error(prefix):
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, str(TOOL), str(prefix)], env=environment, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_sentencepiece_models_decode(prefix, capsys, tmp_path):

@@ -23,16 +23,16 @@ def documents(name: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_documents_are_megatrons(name):
-    corpus = Corpus.open(FIXTURES / name)
+    corpus = Corpus(FIXTURES / name)
     assert corpus.dtype == FOUND[name]["dtype"]
     assert [corpus.read(i).tolist() for i in range(corpus.documents)] == documents(name)
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_sequences_are_megatrons(name):
-    corpus = Corpus.open(FIXTURES / name, by_sequence=True)
+    corpus = Corpus(FIXTURES / name, by_sequence=True)
     assert [corpus.read(i).tolist() for i in range(corpus.documents)] == FOUND[name]["sequences"]
-    assert corpus.fingerprint == Corpus.open(FIXTURES / name).fingerprint
+    assert corpus.fingerprint == Corpus(FIXTURES / name).fingerprint
 
 
 # Our writer knows no documents of several sequences, no sequences without tokens and no modes, and it counts how

@@ -36,8 +36,12 @@ def place(folder: Path, content: bytes) -> Path:
     return path
 
 
+def collect(spans: list[list[list[int]]]) -> DocumentSpans:
+    return DocumentSpans.collect([np.array(each, dtype=np.int32).reshape(-1, 2) for each in spans])
+
+
 def test_packing_makes_the_hand_made_bytes():
-    assert pack_spans(DocumentSpans.collect(SPANS)) == HAND_MADE
+    assert pack_spans(collect(SPANS)) == HAND_MADE
 
 
 def test_reading_the_hand_made_bytes(tmp_path):
@@ -48,7 +52,7 @@ def test_reading_the_hand_made_bytes(tmp_path):
 
 
 def test_documents_without_spans(tmp_path):
-    path = place(tmp_path, pack_spans(DocumentSpans.collect([[], []])))
+    path = place(tmp_path, pack_spans(collect([[], []])))
     read = read_spans(path, np.array([1, 2]))
     assert [read.of(document).shape for document in range(2)] == [(0, 2), (0, 2)]
 
@@ -115,13 +119,13 @@ def prefix(tmp_path):
 
 
 def test_corpus_gives_the_spans_of_its_documents(prefix):
-    for corpus in (Corpus.open(prefix), pickle.loads(pickle.dumps(Corpus.open(prefix)))):
+    for corpus in (Corpus(prefix), pickle.loads(pickle.dumps(Corpus(prefix)))):
         assert corpus.has_spans
         assert [corpus.spans(document).tolist() for document in range(4)] == SPANS
 
 
 def test_sequences_have_no_spans_of_their_own(prefix):
-    corpus = Corpus.open(prefix, by_sequence=True)
+    corpus = Corpus(prefix, by_sequence=True)
     assert corpus.has_spans
     assert corpus.documents == 3
     with pytest.raises(AssertionError, match="opened without spans"):
@@ -131,30 +135,30 @@ def test_sequences_have_no_spans_of_their_own(prefix):
 def test_corpus_without_spans_says_so(tmp_path):
     with CorpusWriter(tmp_path / "corpus", vocab_size=10) as writer:
         writer.add_document([1])
-    assert not Corpus.open(tmp_path / "corpus").has_spans
+    assert not Corpus(tmp_path / "corpus").has_spans
 
 
 def test_spans_that_the_sidecar_knows_have_to_be_there(prefix):
     os.remove(f"{prefix}.spans")
     with pytest.raises(CorpusError, match=r"corpus\.spans does not exist, although"):
-        Corpus.open(prefix)
+        Corpus(prefix)
 
 
 def test_spans_of_another_build_are_refused(prefix):
     other = [[[0, 1], [2, 5]], *SPANS[1:]]
-    Path(f"{prefix}.spans").write_bytes(pack_spans(DocumentSpans.collect(other)))
+    Path(f"{prefix}.spans").write_bytes(pack_spans(collect(other)))
     with pytest.raises(CorpusError, match=r"corpus\.spans does not match its checksum"):
-        Corpus.open(prefix)
+        Corpus(prefix)
 
 
 def test_spans_are_part_of_the_fingerprint(prefix, tmp_path):
     with CorpusWriter(tmp_path / "other", vocab_size=10, with_spans=True) as writer:
         writer.add_documents([[1] * length for length in LENGTHS], [[], *SPANS[1:]])
-    assert Corpus.open(prefix).fingerprint != Corpus.open(tmp_path / "other").fingerprint
+    assert Corpus(prefix).fingerprint != Corpus(tmp_path / "other").fingerprint
 
 
 def test_spans_serve_without_a_sidecar(prefix):
     os.remove(f"{prefix}.meta.json")
-    corpus = Corpus.open(prefix)
+    corpus = Corpus(prefix)
     assert corpus.has_spans
     assert corpus.spans(3).tolist() == [[1, 8]]

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from megazebra.data.errors import CorpusError
 from megazebra.data.index import builder, megatron_order
 from megazebra.data.index.megatron_order import MegatronOrder
-from megazebra.data.index.order import Spans
+from megazebra.data.index.order import Pieces
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "megatron_order.npz")
 NATIVE = builder.native()
 CASES = sorted({name.split("/")[0] for name in FIXTURE})
 
 
-def tokens_of(spans: Spans, lengths: np.ndarray) -> list[int]:
+def tokens_of(located: Pieces, lengths: np.ndarray) -> list[int]:
     """Token positions in the corpus's natural order."""
     firsts = np.cumsum(lengths) - lengths
-    pieces = zip(spans.documents.tolist(), spans.starts.tolist(), spans.lengths.tolist(), strict=True)
+    pieces = zip(located.documents.tolist(), located.starts.tolist(), located.lengths.tolist(), strict=True)
     return [int(firsts[d]) + start + i for d, start, length in pieces for i in range(length)]
 
 
@@ -91,8 +91,8 @@ def test_both_builders_agree(monkeypatch):
     found = [compiled.locate(i) for i in range(0, 3000, 7)]
     monkeypatch.setattr(builder, "_native", None)
     fallback = MegatronOrder(lengths, 4096, 9, 3000)
-    for i, spans in zip(range(0, 3000, 7), found, strict=True):
-        for ours, theirs in zip(spans, fallback.locate(i), strict=True):
+    for i, located in zip(range(0, 3000, 7), found, strict=True):
+        for ours, theirs in zip(located, fallback.locate(i), strict=True):
             assert ours.dtype == theirs.dtype == np.int64
             assert ours.tolist() == theirs.tolist()
 
@@ -104,9 +104,9 @@ def test_sequences_beyond_32_bits():
     assert order.samples_per_epoch == order.num_samples == (int(lengths.sum()) - 1) // 2**20
     pieces: list[list[tuple[int, int]]] = [[], [], []]
     for i in range(order.num_samples):
-        spans = order.locate(i)
-        assert spans.lengths.sum() == 2**20 + 1
-        for document, start, length in zip(*(field.tolist() for field in spans), strict=True):
+        located = order.locate(i)
+        assert located.lengths.sum() == 2**20 + 1
+        for document, start, length in zip(*(field.tolist() for field in located), strict=True):
             pieces[document].append((start, start + length))
     behind = 0
     for length, parts in zip(lengths.tolist(), map(sorted, pieces), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from unittest import mock
 
 import numpy as np
@@ -13,34 +14,35 @@ from hypothesis import strategies as st
 
 from megazebra.data.errors import CorpusError
 from megazebra.data.index import builder, packing
+from megazebra.data.index.best_fit import pack_best_fit
 from megazebra.data.index.documents import Documents
-from megazebra.data.index.packing import PackedOrder, pack_best_fit
+from megazebra.data.index.packing import PackedOrder
 
 pytestmark = pytest.mark.usefixtures("each_builder")
 
 GOLDEN_SAMPLES = [
     [(1667, 0, 17), (7347, 0, 47)],
-    [(2973, 0, 23), (5241, 0, 41)],
+    [(2970, 0, 20), (5194, 0, 44)],
     [(3429, 0, 29), (4785, 0, 35)],
 ]
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any)
 
 
-def packed(lengths, capacity):
-    items, starts = pack_best_fit(np.array(lengths, dtype=np.int64), capacity)
+def packed(lengths, capacity, remainder=0):
+    items, starts = pack_best_fit(np.array(lengths, dtype=np.int64), capacity, remainder)
     return [items[start:end].tolist() for start, end in itertools.pairwise(starts)]
 
 
-def slowly_packed(lengths, capacity):
+def slowly_packed(lengths, capacity, remainder=0):
     """The rule word by word: every bin is looked at for every item."""
-    bins: list[dict] = []
+    bins: list[dict] = [{"space": remainder, "items": [], "changed": -1}] if remainder else []
     for turn, item in enumerate(sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))):
         roomy = [bin_ for bin_ in bins if bin_["space"] >= lengths[item]]
         if not roomy:
-            roomy = [{"space": capacity, "items": []}]
+            roomy = [{"space": capacity, "items": [], "changed": turn}]
             bins += roomy
-        chosen = min(roomy, key=lambda bin_: (bin_["space"], -bin_.get("changed", 0)))
+        chosen = min(roomy, key=lambda bin_: (bin_["space"], -bin_["changed"]))
         chosen["items"].append(item)
         chosen["space"] -= lengths[item]
         chosen["changed"] = turn
@@ -51,6 +53,16 @@ def slowly_packed(lengths, capacity):
 def test_packs_as_the_rule_says(capacity, data):
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=80))
     assert packed(lengths, capacity) == slowly_packed(lengths, capacity)
+
+
+@given(capacity=st.integers(2, 200), data=st.data())
+def test_a_bin_with_the_room_of_a_remainder(capacity, data):
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=80))
+    remainder = data.draw(st.integers(1, capacity - 1))
+    first, *others = packed(lengths, capacity, remainder)
+    assert sum(lengths[item] for item in first) <= remainder
+    assert sorted([first, *others]) == slowly_packed(lengths, capacity, remainder)
+    assert others == sorted(others)
 
 
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 4095, 4096, 4097, 2**18, 2**18 + 1, 2**24, 2**24 + 1])
@@ -76,7 +88,7 @@ def test_any_integers_are_lengths():
         assert items.dtype == starts.dtype == np.int64
 
 
-def spans_of(order, index):
+def pieces_of(order, index):
     return list(zip(*(column.tolist() for column in order.locate(index)), strict=True))
 
 
@@ -84,7 +96,7 @@ def spans_of(order, index):
 @given(
     lengths=documents,
     seq_len=st.integers(1, 24),
-    window_documents=st.none() | st.integers(1, 20),
+    window_documents=st.integers(1, 20) | st.just(60),
     seed=st.integers(0, 99),
     shuffle=st.booleans(),
 )
@@ -103,9 +115,9 @@ def test_every_token_once_per_epoch(lengths, seq_len, window_documents, seed, sh
         for start in range(0, length, seq_len)
     ]
     for epoch in range(2):
-        samples = [spans_of(order, epoch * order.samples_per_epoch + i) for i in range(order.samples_per_epoch)]
+        samples = [pieces_of(order, epoch * order.samples_per_epoch + i) for i in range(order.samples_per_epoch)]
         assert all(1 <= sum(length for _, _, length in sample) <= seq_len for sample in samples)
-        assert sorted(span for sample in samples for span in sample) == pieces
+        assert sorted(piece for sample in samples for piece in sample) == pieces
         assert all(sample == sorted(sample) for sample in samples)
     assert order.padding == pytest.approx(1 - sum(lengths) / (len(samples) * seq_len))
 
@@ -113,7 +125,7 @@ def test_every_token_once_per_epoch(lengths, seq_len, window_documents, seed, sh
 @settings(deadline=None)
 @given(lengths=documents, seq_len=st.integers(1, 24), seed=st.integers(0, 99))
 def test_one_window_has_the_bins_of_best_fit(lengths, seq_len, seed):
-    order = PackedOrder(Documents(np.array(lengths), block_documents=4), seq_len, seed, window_documents=None)
+    order = PackedOrder(Documents(np.array(lengths), block_documents=4), seq_len, seed, window_documents=len(lengths))
     rests = [length % seq_len for length in lengths if length % seq_len]
     whole = sum(length // seq_len for length in lengths)
     assert order.samples_per_epoch == whole + len(slowly_packed(rests, seq_len))
@@ -124,9 +136,44 @@ def test_windows_pad_hardly_more_than_the_whole_corpus():
     lengths = np.random.default_rng(0).lognormal(math.log(400), 1.0, 65_536).astype(np.int32)
     layout = Documents(lengths)
     windows = PackedOrder(layout, 16_384, window_documents=4096)
-    whole = PackedOrder(layout, 16_384, window_documents=None)
+    whole = PackedOrder(layout, 16_384, window_documents=65_536)
     assert windows.samples_per_epoch <= whole.samples_per_epoch + 1
     assert windows.padding < 0.0004
+
+
+LENGTHS_AT_SCALE = {
+    "lognormal": np.random.default_rng(0).lognormal(math.log(400), 1.2, 200_000).astype(np.int32),
+    "a_thousandth_are_books": np.where(np.arange(200_000) % 1000, 100, 9_999_999),
+    "all_as_long_as_a_sequence": np.append(np.full(50_000, 2**18), 1),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS_AT_SCALE.values(), ids=LENGTHS_AT_SCALE)
+@pytest.mark.parametrize("seq_len", [4096, 2**18])
+def test_windows_suit_the_sequences(lengths, seq_len):
+    """The pool holds few documents, windows are short beside the corpus, and there is next to no padding."""
+    order = PackedOrder(Documents(lengths), seq_len)
+    assert order.state_bytes < 0.1 * len(lengths)
+    order.locate(0)
+    assert order.state_bytes < 1.5 * len(lengths)
+    least = -(-order.documents.tokens // seq_len)
+    assert least <= order.samples_per_epoch <= 1.0003 * least + 1
+
+
+def test_few_windows_are_remembered(monkeypatch):
+    monkeypatch.setattr(packing, "CACHED_DOCUMENTS", 2048)
+    order = PackedOrder(Documents(np.arange(20_000) % 50), 64, window_documents=1024)
+    before = order.state_bytes
+    for i in range(500):
+        order.locate(i)
+    assert 8 * 1024 < order.state_bytes - before < 2 * 16 * 1024
+
+
+def test_orders_can_be_pickled():
+    order = PackedOrder(Documents(np.arange(9000) % 50), 64, 3, "corpus")
+    expected = [pieces_of(order, i) for i in range(0, 4000, 97)]
+    copy = pickle.loads(pickle.dumps(order))
+    assert [pieces_of(copy, i) for i in range(0, 4000, 97)] == expected
 
 
 def test_samples_depend_on_nothing_but_corpus_seed_and_index(monkeypatch):
@@ -134,21 +181,21 @@ def test_samples_depend_on_nothing_but_corpus_seed_and_index(monkeypatch):
     layout = Documents(np.random.default_rng(0).integers(0, 50, 5000))
     order = PackedOrder(layout, 64, 7, "corpus", window_documents=1024)
     indices = [0, 5, 700, order.samples_per_epoch + 3]
-    expected = [spans_of(order, i) for i in indices]
+    expected = [pieces_of(order, i) for i in indices]
     monkeypatch.setattr(packing, "CACHED_DOCUMENTS", 1)
     forgetful = PackedOrder(layout, 64, 7, "corpus", window_documents=1024)
     for i in (99, 1000, 3, 2500, *reversed(indices)):
         forgetful.locate(i)
-    assert [spans_of(forgetful, i) for i in indices] == expected
+    assert [pieces_of(forgetful, i) for i in indices] == expected
     for seed, fingerprint in ((8, "corpus"), (7, "other")):
         other = PackedOrder(layout, 64, seed, fingerprint, window_documents=1024)
-        assert [spans_of(other, i) for i in indices] != expected
+        assert [pieces_of(other, i) for i in indices] != expected
 
 
 def test_epochs_have_the_same_bins_in_different_orders():
     order = PackedOrder(Documents(np.arange(400) % 30), 64)
     n = order.samples_per_epoch
-    first, second = ([spans_of(order, epoch * n + i) for i in range(n)] for epoch in (0, 1))
+    first, second = ([pieces_of(order, epoch * n + i) for i in range(n)] for epoch in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
 
@@ -156,13 +203,16 @@ def test_epochs_have_the_same_bins_in_different_orders():
 def test_golden_samples():
     """The order is a promise to every run under way: it may not differ between builders, platforms or versions."""
     order = PackedOrder(Documents(np.arange(9000) % 50), 64, 1234, "golden")
-    assert [spans_of(order, i) for i in (0, 1, order.samples_per_epoch)] == GOLDEN_SAMPLES
+    assert [pieces_of(order, i) for i in (0, 1, order.samples_per_epoch)] == GOLDEN_SAMPLES
+    longer = PackedOrder(Documents(np.arange(9000) % 50), 4096, 1234, "golden")  # in longer windows
+    documents = [longer.locate(i).documents for i in (0, 1, longer.samples_per_epoch)]
+    assert [(len(column), column.sum()) for column in documents] == [(106, 803996), (217, 1645196), (94, 303846)]
 
 
 def test_natural_order():
-    """Windows of four: in each the whole pieces, then the rests but for the emptiest bin; last what these held."""
+    """Windows of four: in each the whole pieces, then the bins of rests; last the pool."""
     order = PackedOrder(Documents(np.array([3, 21, 6, 1, 0, 10, 2, 7, 5]), 4), 10, window_documents=3, shuffle=False)
-    samples = [spans_of(order, i) for i in range(order.samples_per_epoch)]
+    samples = [pieces_of(order, i) for i in range(order.samples_per_epoch)]
     assert samples == [
         [(1, 0, 10)],
         [(1, 10, 10)],
@@ -179,12 +229,14 @@ def test_documents_that_may_not_be_cut():
     with pytest.raises(CorpusError, match=message):
         PackedOrder(layout, 16, split=False, source="'chats'")
     order = PackedOrder(Documents(np.array([16, 3, 16])), 16, split=False)
-    assert sorted(spans_of(order, i) for i in range(3)) == [[(0, 0, 16)], [(1, 0, 3)], [(2, 0, 16)]]
+    assert sorted(pieces_of(order, i) for i in range(3)) == [[(0, 0, 16)], [(1, 0, 3)], [(2, 0, 16)]]
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0]])
-def test_corpus_without_tokens_is_refused(lengths):
-    with pytest.raises(CorpusError, match="'empty' has no tokens to pack"):
+@pytest.mark.parametrize(
+    ("lengths", "found"), [([], "it has no documents"), ([0, 0], "all of its 2 documents are empty")]
+)
+def test_corpus_without_tokens_is_refused(lengths, found):
+    with pytest.raises(CorpusError, match=f"'empty' has no tokens to pack, {found}; .* max_document_tokens or data.ov"):
         PackedOrder(Documents(np.array(lengths, dtype=np.int64)), 8, source="'empty'")
 
 
@@ -197,10 +249,10 @@ def test_counts_beyond_32_bits():
     """2^33 samples of one document of 2^45 tokens, then its rest with another one."""
     order = PackedOrder(Documents(np.array([2**45 + 5, 3])), 4096, shuffle=False)
     assert order.samples_per_epoch == 2**33 + 1
-    assert spans_of(order, 2**33 - 1) == [(0, 2**45 - 4096, 4096)]
-    assert spans_of(order, 2**33) == [(0, 2**45, 5), (1, 0, 3)]
+    assert pieces_of(order, 2**33 - 1) == [(0, 2**45 - 4096, 4096)]
+    assert pieces_of(order, 2**33) == [(0, 2**45, 5), (1, 0, 3)]
     shuffled = PackedOrder(Documents(np.array([2**45 + 5, 3])), 4096)
-    assert len({spans_of(shuffled, 2**34 + i)[0] for i in range(50)}) == 50
+    assert len({pieces_of(shuffled, 2**34 + i)[0] for i in range(50)}) == 50
 
 
 def test_sequences_of_16_million_tokens():
@@ -211,11 +263,12 @@ def test_sequences_of_16_million_tokens():
     assert max(int(sample.lengths.sum()) for sample in samples) == 2**24
 
 
+@pytest.mark.parametrize("each_builder", ["C++"], indirect=True)
 def test_builders_agree():
     lengths = np.random.default_rng(2).lognormal(math.log(400), 1.5, 9000).astype(np.int32)
     compiled = PackedOrder(Documents(lengths), 4096, 3, "corpus")
     with mock.patch.object(builder, "_native", None):
         twin = PackedOrder(Documents(lengths), 4096, 3, "corpus")
         assert twin.samples_per_epoch == compiled.samples_per_epoch
-        expected = [spans_of(twin, i) for i in range(0, 3000, 37)]
-    assert [spans_of(compiled, i) for i in range(0, 3000, 37)] == expected
+        expected = [pieces_of(twin, i) for i in range(0, 3000, 37)]
+    assert [pieces_of(compiled, i) for i in range(0, 3000, 37)] == expected

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megazebra.data.errors import CorpusError
 from megazebra.data.index import builder
 from megazebra.data.index.documents import Documents
-from megazebra.data.index.order import SampleOrder, Spans
+from megazebra.data.index.order import Pieces, SampleOrder
 
 NATIVE = builder.native()
 GOLDEN_SAMPLES = [
@@ -31,13 +31,13 @@ def order_of(lengths, seq_len, seed=0, block_documents=1024, **options) -> Sampl
     return SampleOrder(Documents(np.asarray(lengths), block_documents), seq_len, seed, "corpus", **options)
 
 
-def pieces(spans: Spans) -> list[tuple[int, int, int]]:
-    assert all(field.dtype == np.int64 for field in spans)
-    return list(zip(*(field.tolist() for field in spans), strict=True))
+def pieces(located: Pieces) -> list[tuple[int, int, int]]:
+    assert all(field.dtype == np.int64 for field in located)
+    return list(zip(*(field.tolist() for field in located), strict=True))
 
 
-def tokens_of(spans: Spans) -> list[tuple[int, int]]:
-    return [(document, start + i) for document, start, length in pieces(spans) for i in range(length)]
+def tokens_of(located: Pieces) -> list[tuple[int, int]]:
+    return [(document, start + i) for document, start, length in pieces(located) for i in range(length)]
 
 
 @settings(deadline=None)

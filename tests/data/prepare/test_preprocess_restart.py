@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from megazebra.data.corpus.indexed_corpus import Corpus
+from megazebra.data.errors import CorpusError
 from megazebra.data.prepare.encode_task import Sizes
-from megazebra.data.prepare.encoders import EncoderOptions, open_encoder
+from megazebra.data.prepare.encoders.tokenizer import load_tokenizer
 from megazebra.data.prepare.job import Preprocessing
+from megazebra.data.prepare.open_encoder import EncoderOptions, open_encoder
 from megazebra.data.prepare.parts import PartWriter
 from megazebra.data.prepare.preprocess import preprocess
-from megazebra.data.prepare.tokenizer import load_tokenizer
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes in /proc")
 ROOT = Path(__file__).parents[3]
@@ -73,7 +74,7 @@ def test_every_document_is_there_once_and_in_order(undisturbed, tmp_path):
     order = [*range(100, 250), *range(60), *range(250, 400)]  # a.jsonl, files, z.jsonl.gz
     documents = {}
     for name in ("train", "validation"):
-        corpus = Corpus.open(tmp_path / name)
+        corpus = Corpus(tmp_path / name)
         corpus.verify()
         documents[name] = [tokenizer.decode(corpus.read(i).tolist()[:-1]) for i in range(corpus.documents)]
         assert documents[name] == [found for found in map(text, order) if found in set(documents[name])]
@@ -104,7 +105,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from megazebra.data.prepare.preprocess import preprocess
 from megazebra.data.prepare.encode_task import Sizes
-from megazebra.data.prepare.encoders import EncoderOptions, open_encoder
+from megazebra.data.prepare.open_encoder import EncoderOptions, open_encoder
 from megazebra.data.prepare.job import Preprocessing
 from megazebra.data.prepare.workers import WorkerDiedError
 
@@ -155,7 +156,7 @@ def wait_until(condition):
 
 
 def parts_in(output):
-    return len([path for path in output.glob("parts/*/*/part.json") if path.parent.suffix != ".partial"])
+    return len([path for path in output.glob(".parts/*/*/part.json") if path.parent.suffix != ".partial"])
 
 
 def kill_one(victim, process, output, parts, delay):
@@ -195,7 +196,7 @@ def test_killed_at_random_moments_the_next_build_goes_on(source, undisturbed, tm
 
 def test_parts_of_a_build_killed_at_its_very_end_go(source, undisturbed, tmp_path):
     preprocess(job(source, tmp_path))
-    (tmp_path / "parts" / "0" / "000000-0000").mkdir(parents=True)
+    (tmp_path / ".parts" / "build-0" / "000000-0000").mkdir(parents=True)
     assert preprocess(job(source, tmp_path)).up_to_date
     assert content(tmp_path) == undisturbed[1]
 
@@ -203,17 +204,18 @@ def test_parts_of_a_build_killed_at_its_very_end_go(source, undisturbed, tmp_pat
 def test_part_that_a_killed_builds_worker_finishes_first_is_taken(source, tmp_path):
     """Its process may live for another batch after the main one; what it writes is the same."""
     encoder = open_encoder(EncoderOptions(tokenizer="bytes"))
-    targets = []
-    for text_of_part in ("first", "second"):
-        writer = PartWriter(tmp_path / "000000-0000", encoder)
-        targets.append(writer)
-        writer.__enter__()
-        writer.add(encoder.encode([text_of_part]), validation=False)
-    for writer in targets:
-        writer.publish()
-        writer.__exit__(None, None, None)
+
+    def write(text_of_part, meanwhile=lambda: None):
+        with PartWriter(tmp_path / "000000-0000", encoder) as writer:
+            writer.add(encoder.encode([text_of_part]), validation=False)
+            meanwhile()
+            writer.publish()
+
+    write("text", meanwhile=lambda: write("text"))
+    with pytest.raises(CorpusError, match="process of an earlier build was still at work"):
+        write("that other --workers cut elsewhere")
     assert [path.name for path in tmp_path.iterdir()] == ["000000-0000"]
-    assert Corpus.open(tmp_path / "000000-0000" / "train").tokens == len("first") + 1
+    assert Corpus(tmp_path / "000000-0000" / "train").tokens == len("text") + 1
 
 
 @needs_proc

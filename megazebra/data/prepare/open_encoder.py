@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 from tokenizers import Tokenizer
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.chat_encoder import ChatEncoder
-from megazebra.data.prepare.chat_template import open_chat_template
-from megazebra.data.prepare.encoded import DocumentEncoder, EncodedDocument, Refused, is_unicode
-from megazebra.data.prepare.engines import ByteEngine, Engine, HuggingFaceEngine, SentencePieceEngine
-from megazebra.data.prepare.gigatoken_engine import AutomaticEngine, GigatokenEngine
-from megazebra.data.prepare.tokenizer import (
+from megazebra.data.prepare.chat.chat_encoder import ChatEncoder
+from megazebra.data.prepare.chat.chat_template import open_chat_template
+from megazebra.data.prepare.encoders.encoded import DocumentEncoder
+from megazebra.data.prepare.encoders.engines import ByteEngine, HuggingFaceEngine, SentencePieceEngine
+from megazebra.data.prepare.encoders.gigatoken_engine import GigatokenEngine
+from megazebra.data.prepare.encoders.text_encoder import TextEncoder
+from megazebra.data.prepare.encoders.tokenizer import (
     EOD_TOKEN,
     byte_tokenizer,
     eod_id,
@@ -25,9 +25,6 @@ from megazebra.data.prepare.tokenizer import (
     tokenizer_config,
     vocab_size,
 )
-from megazebra.durable import write_atomically
-
-__all__ = ["BYTES", "NO_EOD", "DocumentEncoder", "EncodedDocument", "EncoderOptions", "Refused", "open_encoder"]
 
 BYTES = "bytes"
 NO_EOD = "none"
@@ -41,8 +38,7 @@ class EncoderOptions:
     .model, or the word `bytes`.
     eod: token that ends a document, `none` for no token. By default the tokenizer's own: `<|endoftext|>` or the
     eos_token its folder names, a sentencepiece model's end of sentence; conversations get one only if asked.
-    engine: what encodes with a tokenizer.json; `auto` takes gigatoken where it is installed and agrees with
-    tokenizers on a sample.
+    engine: what encodes with a tokenizer.json; `auto` opens as tokenizers until `with_gigatoken` was tried.
     chat: None for text records, else a chat template: its built-in name, `tokenizer`, or a .jinja file.
     messages: key of a chat record's messages. max_tokens, overlong: what becomes of longer conversations.
     threads: that encode at a time, None for one per core; 1 inside worker processes.
@@ -56,36 +52,6 @@ class EncoderOptions:
     max_tokens: int | None = None
     overlong: Literal["keep", "drop", "truncate", "error"] = "keep"
     threads: int | None = None
-
-
-class TextEncoder:
-    """Texts to documents; a DocumentEncoder.
-
-    engine: encodes, EOD included. content: of the tokenizer's file, to be saved as `file_name`.
-    """
-
-    has_spans = False
-
-    def __init__(self, engine: Engine, content: bytes, file_name: str, *, vocab_size: int, eod_id: int | None) -> None:
-        self._engine = engine
-        self._content = content
-        self.file_name = file_name
-        self.vocab_size = vocab_size
-        self.eod_id = eod_id
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.recipe: dict[str, Any] = {"tokenizer": self.fingerprint, "eod_id": eod_id}
-
-    @property
-    def description(self) -> str:
-        return self._engine.description
-
-    def encode(self, records: list[Any]) -> list[EncodedDocument | Refused]:
-        fit = [is_unicode(text) for text in records]
-        encoded = iter(self._engine([text for text, good in zip(records, fit, strict=True) if good]))
-        return [EncodedDocument(next(encoded)) if good else Refused("holds half a surrogate pair") for good in fit]
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        write_atomically(Path(folder, self.file_name), self._content)
 
 
 def open_encoder(options: EncoderOptions) -> DocumentEncoder:
@@ -107,6 +73,18 @@ def open_encoder(options: EncoderOptions) -> DocumentEncoder:
     return _byte_encoder(options) if path is None else _sentencepiece_encoder(options, path)
 
 
+def has_choice_of_engines(encoder: DocumentEncoder) -> TypeGuard[TextEncoder]:
+    """Whether `with_gigatoken` can be tried on it."""
+    return isinstance(encoder, TextEncoder) and isinstance(encoder.engine, HuggingFaceEngine)
+
+
+def with_gigatoken(encoder: TextEncoder, threads: int | None) -> TextEncoder:
+    """The same encoder of a tokenizer.json, faster. Raises GigatokenError where the library is missing or unfit."""
+    return encoder.with_engine(
+        GigatokenEngine(encoder.content, encoder.eod_id, reference=encoder.engine, threads=threads)
+    )
+
+
 def _tokenizer_file(given: Path) -> Path:
     if not given.is_dir():
         return given
@@ -118,13 +96,9 @@ def _tokenizer_file(given: Path) -> Path:
 
 def _text_encoder(options: EncoderOptions, path: Path, tokenizer: Tokenizer) -> TextEncoder:
     end = _end_id(options.eod or _default_end(tokenizer, path.parent), tokenizer)
-    reference = HuggingFaceEngine(tokenizer, end)
-    if options.engine == "tokenizers":
-        engine: Engine = reference
-    else:
-        kind = GigatokenEngine if options.engine == "gigatoken" else AutomaticEngine
-        engine = kind(tokenizer, end, reference=reference, threads=options.threads)
-    return TextEncoder(engine, serialize(tokenizer), "tokenizer.json", vocab_size=vocab_size(tokenizer), eod_id=end)
+    engine, content = HuggingFaceEngine(tokenizer, end), serialize(tokenizer)
+    encoder = TextEncoder(engine, content, "tokenizer.json", vocab_size=vocab_size(tokenizer), eod_id=end)
+    return with_gigatoken(encoder, options.threads) if options.engine == "gigatoken" else encoder
 
 
 def _chat_encoder(options: EncoderOptions, path: Path, tokenizer: Tokenizer) -> ChatEncoder:

@@ -13,11 +13,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.chat_template import ChatTemplate
-from megazebra.data.prepare.conversations import read_conversation
-from megazebra.data.prepare.encoded import EncodedDocument, Refused, is_unicode
-from megazebra.data.prepare.jinja_template import ConversationError
-from megazebra.data.prepare.tokenizer import added_tokens, serialize, vocab_size
+from megazebra.data.prepare.chat.chat_template import ChatTemplate
+from megazebra.data.prepare.chat.conversations import read_conversation
+from megazebra.data.prepare.chat.jinja_template import ConversationError
+from megazebra.data.prepare.encoders.encoded import EncodedDocument, Refused, is_unicode
+from megazebra.data.prepare.encoders.tokenizer import added_tokens, serialize, vocab_size
 from megazebra.durable import write_atomically
 
 
@@ -87,28 +87,31 @@ class ChatEncoder:
         for number, message in enumerate(messages, 1):
             forged = self._reserved.search(message["content"])
             if forged:
-                return Refused(f"has the special token {forged[0]!r} in the content of message {number}")
+                return Refused("has a special token in its content", f"{forged[0]!r} in message {number}")
             if not is_unicode(message["content"]):
-                return Refused(f"holds half a surrogate pair in message {number}")
+                return Refused("holds half a surrogate pair", f"message {number}")
         try:
             return self._template.render(messages)
         except ConversationError as error:
-            return Refused(str(error))
+            return Refused(error.reason, error.details)
 
     def _document(self, encoding: Encoding, characters: Sequence[tuple[int, int]]) -> EncodedDocument | Refused:
         end = [] if self.eod_id is None else [self.eod_id]
         tokens = np.array(encoding.ids + end, dtype=np.uint32)
         begins = np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)
         spans = np.searchsorted(begins, np.array(characters, dtype=np.int64).reshape(-1, 2))
-        if self._max_tokens is not None and len(tokens) > self._max_tokens:
+        length = len(tokens)
+        if self._max_tokens is not None and length > self._max_tokens:
             if self._overlong == "error":
                 raise CorpusError(
-                    f"a conversation has {len(tokens)} tokens, more than --max-tokens {self._max_tokens}; raise it, "
+                    f"a conversation has {length} tokens, more than --max-tokens {self._max_tokens}; raise it, "
                     "or have such conversations dropped or truncated"
                 )
             if self._overlong == "drop":
-                return Refused(f"is longer than {self._max_tokens} tokens")
+                return Refused(f"is longer than {self._max_tokens} tokens", length=length)
             if self._overlong == "truncate":
                 tokens, spans = tokens[: self._max_tokens], np.minimum(spans, self._max_tokens)
         spans = spans[spans[:, 0] < spans[:, 1]]
-        return EncodedDocument(tokens, spans) if len(spans) else Refused("has no token that the assistant says")
+        if not len(spans):
+            return Refused("has no token that the assistant says", length=length)
+        return EncodedDocument(tokens, spans, length)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megazebra.data.prepare.inputs import content_hash, name_bytes
-from megazebra.data.prepare.records import RecordOptions, read_items
-from megazebra.data.prepare.tasks import Task, TextDocument, TextTask
+from megazebra.data.prepare.inputs.files import content_hash, name_bytes
+from megazebra.data.prepare.inputs.records import RecordOptions, read_items
+from megazebra.data.prepare.inputs.tasks import Task, TextDocument, TextTask
 
 # Files opened for their first records; more of them would cost more than they tell.
 MOST_RECORD_TASKS = 512

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megazebra.data.prepare.inputs import PARQUET_SUFFIX, InputFile, content_hash, held_out, name_bytes
-from megazebra.data.prepare.parquet import columns_to_read, open_parquet, row_group_bytes
+from megazebra.data.prepare.inputs.files import PARQUET_SUFFIX, InputFile, content_hash, held_out, name_bytes
+from megazebra.data.prepare.inputs.parquet import columns_to_read, open_parquet, row_group_bytes
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _groups(documents: Sequence[TextDocument], task_bytes: int) -> Iterator[tupl
 
 
 def _json_lines_tasks(file: InputFile, task_bytes: int) -> list[JsonLinesTask]:
-    step = task_bytes if file.path.endswith(".jsonl") else max(file.bytes, 1)
+    step = max(file.bytes, 1) if file.is_compressed else task_bytes
     return [JsonLinesTask(file, start, min(start + step, file.bytes)) for start in range(0, file.bytes, step)]
 
 

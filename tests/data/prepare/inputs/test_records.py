@@ -7,13 +7,14 @@ import io
 import json
 import random
 import sys
+import tracemalloc
 
 import pytest
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.inputs import gather_files
-from megazebra.data.prepare.records import RecordOptions, read_items
-from megazebra.data.prepare.tasks import plan_tasks, text_documents
+from megazebra.data.prepare.inputs.files import gather_files
+from megazebra.data.prepare.inputs.records import RecordOptions, read_items
+from megazebra.data.prepare.inputs.tasks import plan_tasks, text_documents
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -81,6 +82,17 @@ def test_a_line_belongs_to_one_task_wherever_the_file_is_cut(tmp_path, task_byte
     assert texts_of(path, task_bytes=task_bytes) == texts
 
 
+def test_memory_of_a_task_inside_a_long_line_is_that_of_the_task(tmp_path):
+    path = written(tmp_path / "rows.jsonl", b'{"text": "' + b"x" * 2**24 + b'"}\n{"text": "last"}\n')
+    first, second, *_, last = tasks_of(path, task_bytes=2**16)
+    tracemalloc.start()
+    assert list(read_items(second, RecordOptions())) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+    assert [len(item.record) for task in (first, last) for item in read_items(task, RecordOptions())] == [2**24, 4]
+
+
 def test_lines_cut_at_their_very_ends(tmp_path):
     path = written(tmp_path / "rows.jsonl", b'{"text": "a"}\n' * 6)
     assert [len(list(read_items(task, RecordOptions()))) for task in tasks_of(path, task_bytes=14)] == [1] * 6
@@ -92,6 +104,18 @@ def test_parquet_is_cut_between_row_groups_and_read_by_column(tmp_path):
     assert [(task.first_row, task.rows) for task in tasks] == [(n, min(30, 200 - n)) for n in range(0, 200, 30)]
     assert sum(task.bytes for task in tasks) < 10 * sum(len(text.encode()) for text in TEXTS)
     assert texts_of(path, task_bytes=2000) == TEXTS
+
+
+def test_memory_of_rows_that_repeat_a_dictionary_is_bounded(tmp_path):
+    """The file counts a text once, however many rows have it."""
+    texts = pyarrow.array(["x" * 10_000] * 6000).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    (task,) = tasks_of(tmp_path / "rows.parquet")
+    tracemalloc.start()
+    assert sum(1 for _ in read_items(task, RecordOptions())) == 6000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 1024 * 10_000
 
 
 def test_sides_depend_on_content_alone(tmp_path):
@@ -193,7 +217,13 @@ def test_files_without_records(tmp_path):
 
 
 def test_texts_of_a_directory_are_joined_line_by_line(tmp_path):
-    for name, content in (("a", b"one"), ("b", b"two\r\n"), ("c", b""), ("d", "größer".encode("latin-1")), ("e", b"3")):
+    for name, content in (
+        ("a", b"\xef\xbb\xbfone"),
+        ("b", b"two\r\n"),
+        ("c", b""),
+        ("d", "größer".encode("latin-1")),
+        ("e", b"3"),
+    ):
         written(tmp_path / name, content)
     documents = text_documents(gather_files([str(tmp_path)]), "directory", 0.0)
     (task,) = plan_tasks(documents, [], (), task_bytes=10**6)

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.engines import Engine
-from megazebra.data.prepare.tokenizer import added_tokens
+from megazebra.data.prepare.encoders.engines import Engine
 
 # Compared are beginnings of texts: of the first batch's first texts, then of one text of every batch.
 FIRST_TEXTS = 256
@@ -23,21 +21,22 @@ class GigatokenError(CorpusError):
 
 
 class GigatokenEngine:
-    """Tokens of `tokenizer` by gigatoken, no special token recognized in texts.
+    """Tokens by gigatoken, no special token recognized in texts.
 
-    The tokenizer's added tokens, and a sample of the texts it is given, are encoded with `reference` too.
-    Raises GigatokenError at the first difference.
+    content: of tokenizer.json. end: appended to every text. The tokenizer's added tokens, and a sample of the texts
+    it is given, are encoded with `reference` too. Raises GigatokenError at the first difference, whenever it comes.
     """
 
     description = "gigatoken, its tokens compared with those of tokenizers on a sample of every batch"
 
-    def __init__(self, tokenizer: Tokenizer, end: int | None, *, reference: Engine, threads: int | None) -> None:
+    def __init__(self, content: bytes, end: int | None, *, reference: Engine, threads: int | None) -> None:
         try:
             import gigatoken
         except ImportError as error:
             raise GigatokenError(f"gigatoken is not installed ({error}); install megazebra[gigatoken]") from error
+        fields: dict[str, Any] = json.loads(content)
         try:
-            self._gigatoken = gigatoken.Tokenizer.from_json(_without_special_tokens(tokenizer))
+            self._gigatoken = gigatoken.Tokenizer.from_json(_without_special_tokens(fields))
         except Exception as error:  # whatever the library cannot read
             reason = str(error).partition("\n")[0]  # a location in its source follows
             raise GigatokenError(f"gigatoken cannot load this tokenizer ({reason}); use --engine tokenizers") from error
@@ -45,7 +44,8 @@ class GigatokenEngine:
         self._reference = reference
         self._parallel = None if threads is None else threads > 1
         self._batches = 0
-        self._compare(["", *(f"a {token}b{token} \n {token}" for token in added_tokens(tokenizer))])
+        added = [token["content"] for token in fields["added_tokens"]]
+        self._compare(["", *(f"a {token}b{token} \n {token}" for token in added)])
 
     def __call__(self, texts: list[str]) -> list[NDArray]:
         if texts:
@@ -74,44 +74,7 @@ class GigatokenEngine:
                 )
 
 
-class AutomaticEngine:
-    """gigatoken where it is fit for the tokenizer and the first batch, else `reference`.
-
-    A difference in a later batch is an error: what was encoded before may have had others, unseen.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, end: int | None, *, reference: Engine, threads: int | None) -> None:
-        self._reference = reference
-        self._engine: Engine = reference
-        self._settled = False
-        self._why = ""
-        try:
-            self._engine = GigatokenEngine(tokenizer, end, reference=reference, threads=threads)
-        except GigatokenError as error:
-            self._fall_back(error)
-
-    @property
-    def description(self) -> str:
-        return self._engine.description + self._why
-
-    def __call__(self, texts: list[str]) -> list[NDArray]:
-        try:
-            encoded = self._engine(texts)
-        except GigatokenError as error:
-            if self._settled:
-                raise
-            self._fall_back(error)
-            encoded = self._engine(texts)
-        self._settled = self._settled or bool(texts)
-        return encoded
-
-    def _fall_back(self, error: GigatokenError) -> None:
-        self._engine = self._reference
-        self._why = f" ({error})"
-
-
-def _without_special_tokens(tokenizer: Tokenizer) -> str:
+def _without_special_tokens(content: dict[str, Any]) -> str:
     """The tokenizer.json that makes gigatoken read special tokens in texts as text, and add none."""
-    content: dict[str, Any] = json.loads(tokenizer.to_str())
     added = [token for token in content["added_tokens"] if not token["special"]]
     return json.dumps({**content, "added_tokens": added, "post_processor": None})

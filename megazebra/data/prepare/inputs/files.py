@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,11 @@ from megazebra.data.errors import CorpusError
 
 STDLIB = "stdlib"
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
-JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+JSON_LINES_SUFFIXES = (
+    *(".jsonl", ".ndjson"),
+    *(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in COMPRESSED_SUFFIXES),
+)
 PARQUET_SUFFIX = ".parquet"
 
 
@@ -33,12 +38,22 @@ class InputFile:
         """Whether it holds many records, one document each, rather than one text."""
         return self.path.endswith((*JSON_LINES_SUFFIXES, PARQUET_SUFFIX))
 
-    def open(self) -> BinaryIO:
-        """Raises CorpusError where the file is no longer the one that was gathered."""
-        status = os.stat(self.path)
+    @property
+    def is_compressed(self) -> bool:
+        return self.path.endswith(COMPRESSED_SUFFIXES)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Raises CorpusError, before and after, where the file is no longer the one that was gathered."""
+        with open(self.path, "rb", buffering=2**20) as file:
+            self._check_unchanged(file)
+            yield file
+            self._check_unchanged(file)
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.bytes, self.mtime_ns):
             raise CorpusError(f"{self.path} has changed since the build began; start it again")
-        return open(self.path, "rb", buffering=2**20)
 
 
 def gather_files(
@@ -62,7 +77,8 @@ def gather_files(
             raise CorpusError(f"--input {given}: {source} does not exist; give a folder, a file, or {STDLIB}")
         if os.path.realpath(source) == excluded:
             raise CorpusError(f"--input {given} is the output folder too; give another --output")
-        label = _unused_label(STDLIB if given == STDLIB else source.resolve().name or "root", labels)
+        # Not resolved: a link is called what its user calls it.
+        label = _unused_label(STDLIB if given == STDLIB else Path(os.path.abspath(source)).name or "root", labels)
         if source.is_file():
             files.append(_input_file(label, source))
             continue

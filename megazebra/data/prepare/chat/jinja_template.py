@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.conversations import Message
+from megazebra.data.prepare.chat.conversations import Message
 
 # What templates mark turns with; most are special tokens of the tokenizer.
 MARKER = re.compile(r"<\|[^\s|<>]+\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]")
@@ -18,7 +18,12 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ConversationError(ValueError):
-    """The template has no form for this conversation; the message follows 'it'."""
+    """The template has no form for this conversation. reason, details: as of Refused."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason, details)
+        self.reason = reason
+        self.details = details
 
 
 class JinjaTemplate:
@@ -44,7 +49,9 @@ class JinjaTemplate:
         self.name = name
         self._source = source
         self._render = render_jinja_template
-        self._rejections, self._syntax_error = TemplateError, TemplateSyntaxError
+        # Templates are programs that reckon with some shape of messages: what they raise on others is of any kind.
+        self._rejections = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+        self._syntax_error = TemplateSyntaxError
         self._marks_answers = bool(GENERATION_BLOCK.search(source))
         self._tokens = {key: value for key, value in config.items() if key.endswith("_token") and value}
         printed = set(re.findall(r"\b\w+_token\b", source))
@@ -90,7 +97,7 @@ class JinjaTemplate:
         except self._syntax_error as error:
             raise CorpusError(f"the chat template {self.name} is no Jinja template ({error})") from error
         except self._rejections as error:
-            raise ConversationError(f"is rejected by the chat template ({error})") from error
+            raise ConversationError("is rejected by the chat template", str(error)) from error
         return texts[0], spans[0] if marks else []
 
 

@@ -9,16 +9,32 @@ from numpy.typing import NDArray
 
 
 class EncodedDocument(NamedTuple):
-    """One document to write. tokens: integers [n]. spans: int64 [k, 2], what the assistant says, None in plain text."""
+    """One document to write.
+
+    tokens: integers [n]. spans: int64 [k, 2], what the assistant says, None in plain text. whole: tokens it had
+    before it was truncated, None where nothing truncates.
+    """
 
     tokens: NDArray
     spans: NDArray | None = None
+    whole: int | None = None
+
+    @property
+    def length(self) -> int:
+        """In tokens, before it was truncated."""
+        return len(self.tokens) if self.whole is None else self.whole
 
 
 class Refused(NamedTuple):
-    """A record that becomes no document, and why: words that follow 'it'."""
+    """A record that becomes no document.
+
+    reason: words that follow 'it', the same for all records with this fault. details: of this one. length: in
+    tokens, 0 where it was not encoded.
+    """
 
     reason: str
+    details: str = ""
+    length: int = 0
 
 
 class DocumentEncoder(Protocol):
@@ -27,7 +43,7 @@ class DocumentEncoder(Protocol):
     vocab_size: one more than the largest id. eod_id: the token every document ends with, None for none.
     fingerprint: sha256 of the file `save` writes, `file_name`. has_spans: whether documents carry spans.
     recipe: everything that decides the tokens of a record, as JSON; equal recipes give equal tokens.
-    description: for people, how it encodes; it may change when the first records have been seen.
+    description: for people, how it encodes.
     """
 
     vocab_size: int

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.tokenizer import (
+from megazebra.data.prepare.encoders.tokenizer import (
     EOD_TOKEN,
     eod_id,
     load_tokenizer,
@@ -57,11 +57,11 @@ def test_saved_file_has_the_fingerprint(tokenizer, tmp_path):
 
 def test_training_is_deterministic_across_processes(tokenizer):
     program = (
-        "from megazebra.data.prepare.tokenizer import *; "
+        "from megazebra.data.prepare.encoders.tokenizer import *; "
         "texts = [f'def function_{n}(argument):\\n    return argument + {n}\\n' for n in range(200)]; "
         "print(tokenizer_fingerprint(train_byte_level_bpe(texts, 300)))"
     )
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == tokenizer_fingerprint(tokenizer)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megazebra.data.prepare.conversations import read_conversation
-from megazebra.data.prepare.encoded import Refused
+from megazebra.data.prepare.chat.conversations import read_conversation
+from megazebra.data.prepare.encoders.encoded import Refused
 
 QUESTION, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -75,24 +75,6 @@ def test_system_and_tool_may_say_nothing():
         (messages(), "has no messages in 'messages'"),
         ({"conversations": "2 + 2?"}, "has no messages in 'conversations'"),
         (messages(QUESTION), "has no message of the assistant"),
-        (messages(QUESTION, "4"), "has a message 2 that is no JSON object"),
-        (messages(QUESTION, {"role": "bot", "content": "4"}), "has the unknown role 'bot' in message 2"),
-        (
-            messages(QUESTION, {"role": ["assistant"], "content": "4"}),
-            "has the unknown role ['assistant'] in message 2",
-        ),
-        (messages({"content": "2 + 2?"}, ANSWER), "has the unknown role None in message 1"),
-        (messages(QUESTION, {"role": "assistant", "content": " \n"}), "has no content in message 2 (assistant)"),
-        (messages({"role": "user", "content": []}, ANSWER), "has no content in message 1 (user)"),
-        (
-            messages(QUESTION, {"role": "assistant", "content": None}),
-            "has content of type NoneType, not text, in message 2 (assistant)",
-        ),
-        (
-            messages({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER),
-            "has a part 'image_url' that is not text in message 1 (user)",
-        ),
-        (messages({"role": "user", "content": ["2"]}, ANSWER), "has a part '2' that is not text in message 1 (user)"),
         (messages(QUESTION, {**ANSWER, "tool_calls": [{}]}), "has 'tool_calls', which is not supported"),
         ({"tools": [{"name": "add"}], **messages(QUESTION, ANSWER)}, "has 'tools', which is not supported"),
         ({"prompt": [QUESTION], "completion": [ANSWER]}, "has no text in 'prompt'"),
@@ -102,3 +84,26 @@ def test_system_and_tool_may_say_nothing():
 )
 def test_unusable_records_say_why(record, reason):
     assert read_conversation(record) == Refused(reason)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "details"),
+    [
+        ("4", "has a message that is no JSON object", "message 2"),
+        ({"role": "bot", "content": "4"}, "has an unknown role", "'bot' in message 2"),
+        ({"role": ["assistant"], "content": "4"}, "has an unknown role", "['assistant'] in message 2"),
+        ({"content": "4"}, "has an unknown role", "None in message 2"),
+        ({"role": "assistant", "content": " \n"}, "has a message without content", "message 2 (assistant)"),
+        ({"role": "user", "content": []}, "has a message without content", "message 2 (user)"),
+        ({"role": "assistant", "content": None}, "has content that is not text", "NoneType in message 2 (assistant)"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+            "has content with a part that is not text",
+            "'image_url' in message 2 (user)",
+        ),
+        ({"role": "user", "content": ["2"]}, "has content with a part that is not text", "'2' in message 2 (user)"),
+    ],
+)
+def test_unusable_messages_are_told_apart_by_details_alone(message, reason, details):
+    """Reasons are counted: they must not differ from record to record."""
+    assert read_conversation(messages(QUESTION, message, ANSWER)) == Refused(reason, details)

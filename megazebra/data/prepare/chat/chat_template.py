@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.conversations import Message
-from megazebra.data.prepare.jinja_template import MARKER, ConversationError, JinjaTemplate, tokenizer_template
-from megazebra.data.prepare.tokenizer import EOD_TOKEN, tokenizer_config
+from megazebra.data.prepare.chat.conversations import Message
+from megazebra.data.prepare.chat.jinja_template import MARKER, ConversationError, JinjaTemplate, tokenizer_template
+from megazebra.data.prepare.encoders.tokenizer import EOD_TOKEN, tokenizer_config
 
 FROM_TOKENIZER = "tokenizer"
 

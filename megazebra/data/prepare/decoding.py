@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.tokenizer import load_tokenizer
+from megazebra.data.prepare.encoders.tokenizer import load_tokenizer
 
 ASSISTANT_BEGINS, ASSISTANT_ENDS = "⟦", "⟧"
 

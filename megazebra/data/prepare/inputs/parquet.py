@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.inputs import InputFile
+from megazebra.data.prepare.inputs.files import InputFile
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 BATCH_BYTES = 2**20
+# Sizes are those of dictionaries, where a file has them; texts that repeat take more in memory.
+BATCH_ROWS = 1024
 READ_BYTES = 2**20
 
 
@@ -66,6 +68,6 @@ def parquet_rows(
     parquet: ParquetFile, columns: tuple[str, ...], row_groups: range, bytes_per_row: float
 ) -> Iterator[dict[str, Any]]:
     """The rows as dictionaries of the columns."""
-    batch_rows = max(1, int(BATCH_BYTES / max(bytes_per_row, 1.0)))
+    batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(bytes_per_row, 1.0))))
     for batch in parquet.iter_batches(batch_rows, row_groups=list(row_groups), columns=list(columns)):
         yield from batch.to_pylist()

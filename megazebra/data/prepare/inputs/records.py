@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.inputs import held_out
-from megazebra.data.prepare.json_lines import json_lines, lines_before
-from megazebra.data.prepare.parquet import open_parquet, parquet_rows
-from megazebra.data.prepare.tasks import JsonLinesTask, ParquetTask, Task, TextTask
+from megazebra.data.prepare.inputs.files import held_out
+from megazebra.data.prepare.inputs.json_lines import json_lines, lines_before
+from megazebra.data.prepare.inputs.parquet import open_parquet, parquet_rows
+from megazebra.data.prepare.inputs.tasks import JsonLinesTask, ParquetTask, Task, TextTask
 
 EMPTY = "is empty"
 BYTE_ORDER_MARK = "\ufeff"
@@ -72,7 +72,7 @@ def _text_items(task: TextTask) -> Iterator[Item]:
             with file.open() as opened:
                 content = opened.read()
             try:
-                text = content.decode("utf-8")
+                text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
             except UnicodeDecodeError:
                 yield Item(next(numbers), position, file.name, problem="is not UTF-8")
                 continue

@@ -9,10 +9,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.chat_template import BUILT_IN, open_chat_template
-from megazebra.data.prepare.encoders import EncoderOptions, Refused, open_encoder
-from megazebra.data.prepare.jinja_template import ConversationError
-from megazebra.data.prepare.tokenizer import EOD_TOKEN, save_tokenizer, train_byte_level_bpe
+from megazebra.data.prepare.chat.chat_template import BUILT_IN, open_chat_template
+from megazebra.data.prepare.chat.jinja_template import ConversationError
+from megazebra.data.prepare.encoders.encoded import Refused
+from megazebra.data.prepare.encoders.tokenizer import EOD_TOKEN, save_tokenizer, train_byte_level_bpe
+from megazebra.data.prepare.open_encoder import EncoderOptions, open_encoder
 
 # As the models' pages on the Hugging Face hub have them.
 CHATML = (
@@ -237,11 +238,18 @@ def test_roles_out_of_turn_are_refused_by_both_kinds(folder, tmp_path):
     (tmp_path / "llama.jinja").write_text(LLAMA2)
     messages = conversation("user: a\nuser: b\nassistant: c")
     assert encode(folder, messages, chat="llama2").reason.startswith("has user and assistant not take turns")
-    assert encode(folder, messages, chat=str(tmp_path / "llama.jinja")).reason == (
-        "is rejected by the chat template (Conversation roles must alternate user/assistant/user/assistant/...)"
+    assert encode(folder, messages, chat=str(tmp_path / "llama.jinja")) == Refused(
+        "is rejected by the chat template", "Conversation roles must alternate user/assistant/user/assistant/..."
     )
     with pytest.raises(ConversationError, match="has a tool message, which the zephyr template cannot print"):
         open_chat_template("zephyr", folder).render(CONVERSATIONS[2])
+
+
+def test_template_that_fails_on_a_conversation_refuses_it(folder, tmp_path):
+    (tmp_path / "sums.jinja").write_text("{% for m in messages %}{{ m.content + m.role|length }}{% endfor %}")
+    refused = encode(folder, CONVERSATIONS[0], chat=str(tmp_path / "sums.jinja"))
+    assert refused.reason == "is rejected by the chat template"
+    assert "str" in refused.details
 
 
 def test_alpaca_ends_with_the_tokenizers_end(tokenizer, tmp_path):

@@ -7,8 +7,14 @@ import os
 import pytest
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.inputs import gather_files, held_out, manifest_fingerprint
-from megazebra.data.prepare.tasks import TextDocument, TextTask, plan_tasks, text_documents, with_nearest_held_out
+from megazebra.data.prepare.inputs.files import gather_files, held_out, manifest_fingerprint
+from megazebra.data.prepare.inputs.tasks import (
+    TextDocument,
+    TextTask,
+    plan_tasks,
+    text_documents,
+    with_nearest_held_out,
+)
 
 
 @pytest.fixture
@@ -60,7 +66,16 @@ def test_unusable_inputs_are_refused(folder, tmp_path):
 
 
 def test_suffixes_tell_records_from_texts(tmp_path):
-    records = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.json.zst", "a.parquet")
+    records = (
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.jsonl.zst",
+        "a.json.gz",
+        "a.json.zst",
+        "a.ndjson",
+        "a.ndjson.gz",
+        "a.parquet",
+    )
     for name in (*records, "a.json", "a.gz", "jsonl"):
         (tmp_path / name).write_text("x")
     found = gather_files([str(tmp_path)])
@@ -72,8 +87,25 @@ def test_a_file_that_changed_is_not_read(folder):
     with file.open() as opened:
         assert opened.read() == b"b.txt"
     (folder / "b.txt").write_text("longer than it was")
-    with pytest.raises(CorpusError, match=r"b\.txt has changed since the build began"):
-        file.open()
+    with pytest.raises(CorpusError, match=r"b\.txt has changed since the build began"), file.open():
+        pytest.fail("it was opened")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_taken(folder):
+    (file,) = gather_files([str(folder)], ["b.txt"])
+    reading = file.open()
+    assert reading.__enter__().read() == b"b.txt"
+    (folder / "b.txt").write_text("longer")
+    with pytest.raises(CorpusError, match=r"b\.txt has changed"):
+        reading.__exit__(None, None, None)
+
+
+def test_a_link_is_called_what_its_user_calls_it(tmp_path):
+    """Download caches keep files under their hashes and link to them."""
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "rows.jsonl").symlink_to("blob")
+    (file,) = gather_files([str(tmp_path / "rows.jsonl")])
+    assert (file.name, file.holds_records) == ("rows.jsonl", True)
 
 
 def test_split_depends_on_names_alone(tmp_path):

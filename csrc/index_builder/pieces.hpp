@@ -9,9 +9,9 @@
 #include <vector>
 
 // Collects the pieces of documents that lie at token positions [skip, skip + length) of a line of documents.
-class SpanCutter {
+class PieceCutter {
 public:
-    SpanCutter(int64_t skip, int64_t length) : skip_(skip), left_(length) {}
+    PieceCutter(int64_t skip, int64_t length) : skip_(skip), left_(length) {}
 
     // Lays the next document; false once the sample is whole.
     bool lay(int64_t document, int64_t length) {
@@ -30,8 +30,8 @@ public:
 
     bool done() const { return left_ == 0; }
 
-    // int64 documents, starts, lengths: the fields of megazebra.data.index.order.Spans.
-    py::tuple spans() const { return py::make_tuple(as_array(documents_), as_array(starts_), as_array(lengths_)); }
+    // int64 documents, starts, lengths: the fields of megazebra.data.index.order.Pieces.
+    py::tuple pieces() const { return py::make_tuple(as_array(documents_), as_array(starts_), as_array(lengths_)); }
 
 private:
     static py::array_t<int64_t> as_array(const std::vector<int64_t>& values) {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.tasks import JsonLinesTask
+from megazebra.data.prepare.inputs.tasks import JsonLinesTask
 
 READ_BYTES = 2**20
 # Zstandard's output comes by input chunk, and text compresses tenfold or more.
@@ -21,17 +21,17 @@ def json_lines(task: JsonLinesTask) -> Iterator[tuple[int, bytes]]:
 
     Raises CorpusError for compressed data that is damaged or ends too early.
     """
-    if task.file.path.endswith((".gz", ".zst")):
+    if task.file.is_compressed:
         yield from _compressed_lines(task)
         return
     with task.file.open() as file:
         position = task.start
         if task.start:
-            # The line that is under way at `start` belongs to the task before, unless it ends there.
+            # The line that is under way at `start` belongs to the task before, unless it ends there. It is not read
+            # beyond `stop`: it may go on for many tasks.
             file.seek(task.start - 1)
-            position += len(_read_line(file, task)) - 1
-        while position < task.stop:
-            line = _read_line(file, task)
+            position += len(file.readline(task.bytes + 1)) - 1
+        while position < task.stop and (line := file.readline()):
             position += len(line)
             yield min(position, task.stop) - task.start, line
 
@@ -40,17 +40,10 @@ def lines_before(task: JsonLinesTask) -> int:
     """Lines that begin before the task. Reads all of them."""
     lines, position = 0, 0
     with task.file.open() as file:
-        while position < task.start:
-            position += len(_read_line(file, task))
+        while position < task.start and (line := file.readline()):
+            position += len(line)
             lines += 1
     return lines
-
-
-def _read_line(file: BinaryIO, task: JsonLinesTask) -> bytes:
-    line = file.readline()
-    if not line:
-        raise CorpusError(f"{task.file.path} became shorter while it was read; start the build again")
-    return line
 
 
 def _compressed_lines(task: JsonLinesTask) -> Iterator[tuple[int, bytes]]:

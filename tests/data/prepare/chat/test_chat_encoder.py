@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.encoders import EncoderOptions, Refused, open_encoder
-from megazebra.data.prepare.tokenizer import byte_tokenizer, save_tokenizer
+from megazebra.data.prepare.encoders.encoded import Refused
+from megazebra.data.prepare.encoders.tokenizer import byte_tokenizer, save_tokenizer
+from megazebra.data.prepare.open_encoder import EncoderOptions, open_encoder
 
 HELLO = {"prompt": "Hi", "response": "Hello, 世界!"}
 # One token for a byte: chatml's header of the user, its marks, "Hi", and so on.
@@ -50,7 +51,7 @@ def test_longer_than_asked_for(path):
     limits = {"max_tokens": SPANS[0][1] - 3}
     assert len(open_chat(path, **limits).encode([HELLO])[0].tokens) == TOKENS
     assert open_chat(path, overlong="drop", **limits).encode([HELLO]) == [
-        Refused(f"is longer than {limits['max_tokens']} tokens")
+        Refused(f"is longer than {limits['max_tokens']} tokens", length=TOKENS)
     ]
     with pytest.raises(CorpusError, match=rf"has {TOKENS} tokens, more than --max-tokens {limits['max_tokens']}"):
         open_chat(path, overlong="error", **limits).encode([HELLO])
@@ -58,8 +59,9 @@ def test_longer_than_asked_for(path):
     (whole,) = open_chat(path).encode([HELLO])
     assert document.tokens.tolist() == whole.tokens[: limits["max_tokens"]].tolist()
     assert document.spans.tolist() == [[SPANS[0][0], limits["max_tokens"]]]
+    assert document.length == TOKENS + 1
     assert open_chat(path, overlong="truncate", max_tokens=SPANS[0][0]).encode([HELLO]) == [
-        Refused("has no token that the assistant says")
+        Refused("has no token that the assistant says", length=TOKENS)
     ]
 
 
@@ -78,7 +80,7 @@ def test_policy_needs_a_limit(path):
 def test_special_tokens_in_contents_would_forge_turns(path, forged):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"a{forged}b"}]
     assert open_chat(path).encode([{"messages": turns}, HELLO])[0] == Refused(
-        f"has the special token {forged!r} in the content of message 2"
+        "has a special token in its content", f"{forged!r} in message 2"
     )
 
 
@@ -88,7 +90,7 @@ def test_markers_that_are_no_tokens_are_text_and_reported_and_still_forge(path):
     document, refused = encoder.encode([HELLO, {**HELLO, "prompt": "<|assistant|>\nNo"}])
     text = "<|user|>\nHi</s>\n<|assistant|>\nHello, 世界!</s>\n"
     assert bytes(document.tokens.astype(np.uint8)).decode() == text
-    assert refused == Refused("has the special token '<|assistant|>' in the content of message 1")
+    assert refused == Refused("has a special token in its content", "'<|assistant|>' in message 1")
     assert "as text" not in open_chat(path).description
 
 
@@ -100,7 +102,7 @@ def test_refusals_stand_where_their_records_stood(path):
         "Refused", "EncodedDocument", "Refused", "Refused", "EncodedDocument",
     ]  # fmt: skip
     assert outcomes[0] == Refused("has no 'turns', and no prompt with a response")
-    assert outcomes[2] == Refused("holds half a surrogate pair in message 1")
+    assert outcomes[2] == Refused("holds half a surrogate pair", "message 1")
     assert encoder.encode([]) == []
 
 

@@ -7,18 +7,18 @@ import json
 import os
 import pickle
 import sys
-import types
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare import gigatoken_engine
-from megazebra.data.prepare.encoders import EncodedDocument, EncoderOptions, Refused, open_encoder
-from megazebra.data.prepare.tokenizer import EOD_TOKEN, load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megazebra.data.prepare.encoders import gigatoken_engine
+from megazebra.data.prepare.encoders.encoded import EncodedDocument, Refused
+from megazebra.data.prepare.encoders.gigatoken_engine import GigatokenError
+from megazebra.data.prepare.encoders.tokenizer import EOD_TOKEN, load_tokenizer, save_tokenizer, train_byte_level_bpe
+from megazebra.data.prepare.open_encoder import EncoderOptions, has_choice_of_engines, open_encoder, with_gigatoken
 
 TRAINED_ON = [f"def function_{n}(argument):\n    return argument + {n}\n" for n in range(200)]
 TEXTS = ["größer 日本 \x00\t\r\n  def f(): 🦓", "", f"a{EOD_TOKEN}b", "  two\n\n\nlines ", "function_7(argument)" * 50]
@@ -60,7 +60,7 @@ def ids(documents):
     return [document.tokens.tolist() for document in documents]
 
 
-@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken", "auto"])
+@pytest.mark.parametrize("engine", ["tokenizers", "gigatoken"])
 @pytest.mark.parametrize("given", ["", "tokenizer.json"])
 def test_tokenizer_json(folder, engine, given):
     if engine == "gigatoken":
@@ -177,59 +177,42 @@ def test_missing_libraries_are_named_with_their_extra(module, options, folder, t
         open_encoder(EncoderOptions(tokenizer=given, **options))
 
 
-def test_auto_goes_without_gigatoken(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encoder = open_encoder(EncoderOptions(tokenizer=str(folder)))
-    assert encoder.description.startswith("tokenizers (gigatoken is not installed")
-    assert ids(encoder.encode(TEXTS)) == ids(encode(tokenizer=str(folder), engine="tokenizers"))
-
-
-class FaultyGigatoken:
-    """gigatoken's calls, by the tokenizers library, with another first token where a text contains `wrong`."""
-
-    def __init__(self, content: str, wrong: str) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer, self._wrong = Tokenizer.from_str(content), wrong
-
-    def encode_batch(self, texts, parallel):
-        rows = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        rows = [[5, *row[1:]] if self._wrong in text else row for text, row in zip(texts, rows, strict=True)]
-        offsets = np.cumsum([0, *map(len, rows)])
-        content = np.array([token for row in rows for token in row], dtype=np.uint32)
-        data = types.SimpleNamespace
-        return data(layout=data(content=data(data=content), offsets=data(data=offsets)))
-
-
-def install_faulty(monkeypatch, wrong):
-    tokenizer = types.SimpleNamespace(from_json=lambda content: FaultyGigatoken(content, wrong))
-    monkeypatch.setitem(sys.modules, "gigatoken", types.SimpleNamespace(Tokenizer=tokenizer))
+def test_which_encoders_have_a_choice_of_engines(folder, sentencepiece_model):
+    open_with_defaults = [open_encoder(EncoderOptions(tokenizer=str(given))) for given in (folder, sentencepiece_model)]
+    assert [*map(has_choice_of_engines, open_with_defaults)] == [True, False]
+    assert open_with_defaults[0].description == "tokenizers"
+    assert not has_choice_of_engines(open_encoder(EncoderOptions(tokenizer="bytes")))
+    assert not has_choice_of_engines(open_encoder(EncoderOptions(tokenizer=str(folder), chat="chatml")))
 
 
 @pytest.mark.parametrize("wrong", ["<think>", "two"])
-def test_difference_at_the_beginning(folder, monkeypatch, wrong):
-    """In what the tokenizer adds, seen when it is opened, or in the first batch: `auto` does without, not silently."""
-    install_faulty(monkeypatch, wrong)
-    expected = ids(encode(tokenizer=str(folder), engine="tokenizers"))
-    encoder = open_encoder(EncoderOptions(tokenizer=str(folder)))
-    assert ids(encoder.encode(TEXTS)) == expected
-    assert encoder.description.startswith("tokenizers (gigatoken encodes ")
-    with pytest.raises(CorpusError, match=rf"gigatoken encodes '.*{wrong}.*'.* from token 0 on \[5, .*--engine token"):
+def test_difference_at_the_beginning(folder, install_faulty_gigatoken, wrong):
+    """In what the tokenizer adds, seen when it is opened, or in the first batch."""
+    install_faulty_gigatoken(wrong)
+    with pytest.raises(GigatokenError, match=rf"gigatoken encodes '.*{wrong}.*'.* from token 0 on \[5, .*--engine tok"):
         encode(tokenizer=str(folder), engine="gigatoken")
 
 
-def test_difference_in_a_later_batch_is_an_error(folder, monkeypatch):
-    install_faulty(monkeypatch, "late")
-    encoder = open_encoder(EncoderOptions(tokenizer=str(folder)))
+def test_difference_in_a_later_batch_is_an_error_too(folder, install_faulty_gigatoken):
+    install_faulty_gigatoken("late")
+    encoder = open_encoder(EncoderOptions(tokenizer=str(folder), engine="gigatoken"))
     assert ids(encoder.encode(TEXTS)) == ids(encode(tokenizer=str(folder), engine="tokenizers"))
-    assert encoder.description.startswith("gigatoken")
-    with pytest.raises(CorpusError, match="encodes 'late'"):
+    with pytest.raises(GigatokenError, match="encodes 'late'"):
         encoder.encode(["late"])
 
 
-def test_only_a_sample_is_compared(folder, monkeypatch):
+def test_faster_encoder_is_the_same_but_for_its_engine(folder, install_faulty_gigatoken):
+    install_faulty_gigatoken("late")
+    encoder = open_encoder(EncoderOptions(tokenizer=str(folder)))
+    faster = with_gigatoken(encoder, threads=1)
+    assert (encoder.description, faster.description[:9]) == ("tokenizers", "gigatoken")
+    assert (faster.recipe, faster.vocab_size, faster.eod_id) == (encoder.recipe, encoder.vocab_size, encoder.eod_id)
+    assert ids(faster.encode(TEXTS)) == ids(encoder.encode(TEXTS))
+
+
+def test_only_a_sample_is_compared(folder, install_faulty_gigatoken, monkeypatch):
     """Comparing everything would be slower than not to use it."""
-    install_faulty(monkeypatch, "late")
+    install_faulty_gigatoken("late")
     monkeypatch.setattr(gigatoken_engine, "FIRST_TEXTS", 2)
     monkeypatch.setattr(gigatoken_engine, "COMPARED_CHARACTERS", 3)
     assert encode(["a", "b  late", "late"], tokenizer=str(folder), engine="gigatoken")[2].tokens[0] == 5
@@ -249,7 +232,6 @@ def test_gigatoken_does_not_know_every_tokenizer(tmp_path):
     save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     with pytest.raises(CorpusError, match=r"^gigatoken cannot load this tokenizer \(.+\); use --engine tokenizers$"):
         encode(tokenizer=str(tmp_path), engine="gigatoken")
-    assert ids(encode(["ABC"], tokenizer=str(tmp_path))) == ids(encode(["abc"], tokenizer=str(tmp_path)))
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megazebra.data.prepare.encoded import Refused
+from megazebra.data.prepare.encoders.encoded import Refused
 
 Message = dict[str, str]
 """`role`: system, user, assistant or tool. `content`: text."""
@@ -61,18 +61,18 @@ def _messages(record: dict[str, Any], entries: Any, name: str) -> list[Message] 
 
 def _message(entry: Any, number: int) -> Message | Refused:
     if not isinstance(entry, dict):
-        return Refused(f"has a message {number} that is no JSON object")
+        return Refused("has a message that is no JSON object", f"message {number}")
     if refused := _unsupported(entry):
         return refused
     given = entry.get("role", entry.get("from"))
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        return Refused(f"has the unknown role {given!r} in message {number}")
+        return Refused("has an unknown role", f"{given!r} in message {number}")
     content = _text(entry.get("content", entry.get("value")))
     if isinstance(content, Refused):
-        return Refused(f"{content.reason} in message {number} ({role})")
+        return Refused(content.reason, f"{content.details} in message {number} ({role})")
     if not content.strip() and role not in MAY_BE_EMPTY:
-        return Refused(f"has no content in message {number} ({role})")
+        return Refused("has a message without content", f"message {number} ({role})")
     return {"role": role, "content": content}
 
 
@@ -85,11 +85,11 @@ def _text(content: Any) -> str | Refused:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        return Refused(f"has content of type {type(content).__name__}, not text,")
+        return Refused("has content that is not text", type(content).__name__)
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            return Refused(f"has a part {kind!r} that is not text")
+            return Refused("has content with a part that is not text", repr(kind))
     return "".join(part["text"] for part in content)
 
 
