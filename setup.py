@@ -21,7 +21,7 @@ index_builder = Pybind11Extension(
     depends=sorted(glob("csrc/index_builder/*.hpp")),
     define_macros=[("SOURCES_DIGEST", f'"{sources_digest()}"')],
     cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    extra_compile_args=["-O3", "-Wall", "-Wextra", "-fno-tree-loop-distribute-patterns"],
     optional=True,
 )
 

@@ -47,18 +47,20 @@ struct Layout {
     }
 };
 
-// The byte each piece begins at; false unless every piece lies in its document and all have `tokens` together.
+// The tokens of all pieces, and the byte each begins at; -1 unless every piece lies in its document.
 template <class Length>
-bool place(const Layout<Length>& layout, const Pieces& pieces, int64_t tokens, std::vector<int64_t>& begins) {
+int64_t place(const Layout<Length>& layout, const Pieces& pieces, std::vector<int64_t>& begins) {
+    int64_t tokens = 0;
     for (int64_t i = 0; i < pieces.count; ++i) {
         const int64_t document = pieces.documents[i], start = pieces.starts[i], length = pieces.lengths[i];
-        if (document < 0 || document >= layout.documents || start < 0 || length < 0 || length > tokens ||
-            start > layout.lengths[document] - length)
-            return false;
+        if (document < 0 || document >= layout.documents || start < 0 || length < 0 ||
+            start > layout.lengths[document] - length ||
+            length > std::numeric_limits<int64_t>::max() / layout.token_bytes - tokens)
+            return -1;
         begins.push_back(layout.begin(document) + start * layout.token_bytes);
-        tokens -= length;
+        tokens += length;
     }
-    return tokens == 0;
+    return tokens;
 }
 
 // False at the end of the file and on errors.
@@ -111,37 +113,38 @@ TokenReader reader_of(const py::dtype& type) {
 }
 
 template <class Length>
-bool gather(const py::array_t<Length, py::array::c_style>& lengths, const Integers& block_starts,
+std::optional<Integers> gather(const py::array_t<Length, py::array::c_style>& lengths, const Integers& block_starts,
             int64_t block_documents, const std::optional<Integers>& offsets, int file, const py::dtype& token_type,
             int64_t largest_id, const Integers& documents, const Integers& starts, const Integers& piece_lengths,
-            Integers& out) {
+            std::optional<Integers> out) {
     const Layout<Length> layout{lengths.data(),  lengths.size(), block_starts.data(),
                                 block_documents, offsets ? offsets->data() : nullptr, token_type.itemsize()};
     const Pieces pieces{documents.size(), documents.data(), starts.data(), piece_lengths.data()};
     const TokenReader read = reader_of(token_type);
-    int64_t* target = out.mutable_data();
-    const int64_t tokens = out.size();
-
-    const py::gil_scoped_release release;
     std::vector<int64_t> begins;
     begins.reserve(static_cast<size_t>(pieces.count));
-    if (!place(layout, pieces, tokens, begins)) return false;
+    const int64_t tokens = place(layout, pieces, begins);
+    if (tokens < 0 || (out && out->size() != tokens)) return std::nullopt;
+    if (!out) out.emplace(tokens);
+    int64_t* target = out->mutable_data();
+
+    const py::gil_scoped_release release;
     for (int64_t first = 0, next; first < pieces.count; first = next) {
         int64_t count = pieces.lengths[first];  // of the pieces that touch on disk
         for (next = first + 1; next < pieces.count; ++next) {
             if (begins[next] != begins[first] + count * layout.token_bytes) break;
             count += pieces.lengths[next];
         }
-        if (!read(file, begins[first], count, largest_id, target)) return false;
+        if (!read(file, begins[first], count, largest_id, target)) return std::nullopt;
         target += count;
     }
-    return true;
+    return out;
 }
 
 }  // namespace
 
-// Tokens of pieces of documents into `out`, int64 [sum of piece_lengths]. False when something is wrong; the numpy
-// twin, Corpus.read piece by piece, puts it into words.
+// Tokens of pieces of documents, int64 [sum of piece_lengths], in `out` where it is given. None when something is
+// wrong; the numpy twin, Corpus.read piece by piece, puts it into words.
 void bind_gather(py::module_& module) {
     const auto lengths = py::arg("lengths").noconvert();
     const auto out = py::arg("out").noconvert();

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.index.boundaries import chunk_labels, document_positions
+from megazebra.data.index.boundaries import document_positions, labels_and_positions
 from megazebra.data.index.order import Pieces
 from megazebra.labels import IGNORE_INDEX
 
@@ -84,12 +84,11 @@ class ChunkedSamples:
     def __getitem__(self, index: int) -> Sample:
         pieces = self.order.locate(index)
         line = self.corpus.gather(_renamed(pieces, self.documents))
-        lengths = _without_last_token(pieces.lengths)
         if self.document_mask:
-            labels, positions = chunk_labels(line, pieces.lengths), document_positions(lengths)
+            labels, positions = labels_and_positions(line, pieces.lengths)
         else:
             labels, positions = line[1:], np.arange(len(line) - 1)
-        return Sample(line[:-1], labels, positions, lengths, index)
+        return Sample(line[:-1], labels, positions, _without_last_token(pieces.lengths), index)
 
     def document_lengths(self, index: int) -> list[int]:
         return _without_last_token(self.order.locate(index).lengths)

@@ -118,23 +118,25 @@ class Corpus:
         out: where to put them, contiguous and of that shape, such as the row of a batch. Raises what `read` does;
         `out` is undefined then.
         """
+        if (builder := native()) is not None:
+            gathered = builder.gather(
+                self.layout.lengths,
+                self.layout.block_starts,
+                self.layout.block_documents,
+                self._offsets,
+                self._bin.descriptor,
+                self.dtype,
+                LARGEST_ID if self.vocab_size is None else self.vocab_size - 1,
+                *pieces,
+                out,
+            )
+            if gathered is not None:
+                return gathered
         tokens = int(pieces.lengths.sum())
         if out is None:
             out = np.empty(tokens, dtype=np.int64)
         assert out.shape == (tokens,), f"{tokens} tokens into {list(out.shape)}"
-        builder = native()
-        if builder is None or not builder.gather(
-            self.layout.lengths,
-            self.layout.block_starts,
-            self.layout.block_documents,
-            self._offsets,
-            self._bin.descriptor,
-            self.dtype,
-            LARGEST_ID if self.vocab_size is None else self.vocab_size - 1,
-            *pieces,
-            out,
-        ):
-            self._read_each(pieces, out)
+        self._read_each(pieces, out)
         return out
 
     def spans(self, document: int) -> NDArray[np.int64]:

@@ -11,21 +11,25 @@ from megazebra.data.index.builder import native
 from megazebra.labels import IGNORE_INDEX
 
 
-def document_positions(lengths: Sequence[int]) -> NDArray[np.int64]:
+def document_positions(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """0, 1, ... for every document: int64 [sum of lengths]."""
-    counts = np.array(lengths, dtype=np.int64)
+    counts = np.asarray(lengths, dtype=np.int64)
     if (builder := native()) is not None:
         return builder.document_positions(counts)
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def chunk_labels(line: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The labels of all tokens but the last of a line int64 [L + 1]: the token after each.
+def labels_and_positions(
+    line: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels and positions, int64 [L] each, of all tokens but the last of a line int64 [L + 1].
 
-    IGNORE_INDEX where one of the pieces of these lengths (int64, adding up to L + 1) ends.
+    The label is the token after each, IGNORE_INDEX where one of the pieces of these lengths (int64, adding up to
+    L + 1) ends; positions are those of document_positions.
     """
     if (builder := native()) is not None:
-        return builder.chunk_labels(line, lengths, IGNORE_INDEX)
+        labels, positions = builder.labels_and_positions(line, lengths, IGNORE_INDEX)
+        return labels, positions[:-1]
     labels = line[1:].copy()
     labels[np.cumsum(lengths[:-1]) - 1] = IGNORE_INDEX
-    return labels
+    return labels, document_positions(lengths)[:-1]

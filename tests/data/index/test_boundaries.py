@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megazebra.data.index.boundaries import chunk_labels, document_positions
+from megazebra.data.index.boundaries import document_positions, labels_and_positions
 from megazebra.labels import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -30,8 +30,9 @@ def test_no_label_reaches_into_another_document(lengths: list[int]) -> None:
         token + 1 if here == after else IGNORE_INDEX
         for token, here, after in zip(line.tolist(), document_of, document_of[1:], strict=False)
     ]
-    labels = chunk_labels(line, np.array(lengths))
-    assert labels.dtype == np.int64
+    labels, positions = labels_and_positions(line, np.array(lengths))
+    assert labels.dtype == positions.dtype == np.int64
+    assert positions.tolist() == document_positions(lengths)[:-1].tolist()
     assert labels.tolist() == expected
     assert line.tolist() == list(range(100, 100 + len(document_of)))
 
