@@ -21,6 +21,7 @@ def test_numpy_serves_where_it_is_asked_for() -> None:
 
 
 def test_without_a_compiled_module_numpy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGAZEBRA_INDEX_BUILDER", raising=False)
     monkeypatch.setitem(sys.modules, "megazebra.data.index._index_builder", None)
     module, description = builder._load()
     assert module is None
@@ -31,6 +32,7 @@ def test_without_a_compiled_module_numpy_serves(monkeypatch: pytest.MonkeyPatch)
     importlib.util.find_spec("megazebra.data.index._index_builder") is None, reason="nothing is compiled here"
 )
 def test_a_module_of_other_sources_is_left_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGAZEBRA_INDEX_BUILDER", raising=False)
     assert builder._load()[1] == "C++"
     monkeypatch.setattr(builder, "sources_digest", lambda: "another")
     assert builder._load() == (
