@@ -16,8 +16,7 @@ using RankByTotal = std::pair<double, int64_t>;
 using LeastTotalFirst = std::priority_queue<RankByTotal, std::vector<RankByTotal>, std::greater<RankByTotal>>;
 
 // costs: [n], finite, n a multiple of ranks * micro_batch_size. Returns [ranks, n / ranks].
-py::array_t<int64_t> balance(const py::array_t<double, py::array::c_style>& costs, int64_t ranks,
-                             int64_t micro_batch_size) {
+py::array_t<int64_t> balance(const Array<double>& costs, int64_t ranks, int64_t micro_batch_size) {
     const int64_t count = costs.size(), per_rank = count / ranks, chunk = ranks * micro_batch_size;
     py::array_t<int64_t> dealt({ranks, per_rank});
     const double* cost = costs.data();

@@ -6,7 +6,6 @@
 
 namespace {
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
 __extension__ typedef unsigned __int128 uint128_t;
 
 // round(samples * part / whole), halves up. samples <= 2^62, part <= whole < 2^62.

@@ -13,27 +13,17 @@
 
 namespace {
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
 // int64 [blocks + 1]: where each block of neighbouring documents begins, and the end of the last.
 template <typename Length>
 py::array_t<int64_t> block_starts(const Array<Length>& lengths, int64_t block_documents) {
     // Lengths aren't negative: widened as unsigned, which needs half the instructions before AVX.
     using Unsigned = std::make_unsigned_t<Length>;
     const Length* length = lengths.data();
-    const int64_t documents = lengths.size();
-    py::array_t<int64_t> result((documents + block_documents - 1) / block_documents + 1);
-    int64_t* starts = result.mutable_data();
-    const py::gil_scoped_release release;
-    uint64_t tokens = 0;
-    *starts++ = 0;
-    for (int64_t first = 0; first < documents; first += block_documents) {
-        const int64_t last = std::min(first + block_documents, documents);
+    return lay_blocks(lengths.size(), block_documents, [length](int64_t first, int64_t last) {
+        uint64_t tokens = 0;
         for (int64_t d = first; d < last; ++d) tokens += static_cast<Unsigned>(length[d]);
-        *starts++ = static_cast<int64_t>(tokens);
-    }
-    return result;
+        return static_cast<int64_t>(tokens);
+    });
 }
 
 uint64_t permute(uint64_t size, uint64_t key, uint64_t value) { return KeyedPermutation(size, key)(value); }

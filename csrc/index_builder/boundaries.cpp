@@ -7,8 +7,6 @@
 
 namespace {
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
-
 // 0, 1, ... for every piece in turn.
 void count_up(const Integers& lengths, int64_t* position) {
     const int64_t* end = lengths.data() + lengths.size();

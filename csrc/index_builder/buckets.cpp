@@ -8,11 +8,9 @@
 
 namespace {
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
-
 // bounds: increasing; bucket k holds lengths in [bounds[k - 1], bounds[k]). Returns (documents, starts).
 template <typename Length>
-py::tuple bucket_by_length(const py::array_t<Length, py::array::c_style>& lengths, const Integers& bounds) {
+py::tuple bucket_by_length(const Array<Length>& lengths, const Integers& bounds) {
     const int64_t count = lengths.size(), buckets = bounds.size() + 1;
     Integers documents(count), starts(buckets + 1);
     const Length* length_of = lengths.data();

@@ -21,8 +21,6 @@ namespace {
 
 constexpr int64_t BUFFER_BYTES = 64 * 1024;  // stays in the cache between pread and widening
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
-
 struct Pieces {
     int64_t count;
     const int64_t *documents, *starts, *lengths;
@@ -113,10 +111,10 @@ TokenReader reader_of(const py::dtype& type) {
 }
 
 template <class Length>
-std::optional<Integers> gather(const py::array_t<Length, py::array::c_style>& lengths, const Integers& block_starts,
-            int64_t block_documents, const std::optional<Integers>& offsets, int file, const py::dtype& token_type,
-            int64_t largest_id, const Integers& documents, const Integers& starts, const Integers& piece_lengths,
-            std::optional<Integers> out) {
+std::optional<Integers> gather(const Array<Length>& lengths, const Integers& block_starts, int64_t block_documents,
+                               const std::optional<Integers>& offsets, int file, const py::dtype& token_type,
+                               int64_t largest_id, const Integers& documents, const Integers& starts,
+                               const Integers& piece_lengths, std::optional<Integers> out) {
     const Layout<Length> layout{lengths.data(),  lengths.size(), block_starts.data(),
                                 block_documents, offsets ? offsets->data() : nullptr, token_type.itemsize()};
     const Pieces pieces{documents.size(), documents.data(), starts.data(), piece_lengths.data()};

@@ -10,9 +10,6 @@
 
 namespace {
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
 // Into the second-level cache, where more misses may be under way at once than in the first.
 void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
@@ -28,7 +25,7 @@ public:
     // Fisher-Yates from the top, each partner the first of the masked draws that is not beyond its element. Partners
     // are drawn ahead, so that their memory is fetched in parallel, and rejected without a branch.
     template <typename T>
-    void shuffle(py::array_t<T, py::array::c_style>& array) {
+    void shuffle(Array<T>& array) {
         if (array.ndim() != 1) throw py::value_error("an array of one dimension is needed");
         T* values = array.mutable_data();
         const auto size = static_cast<uint64_t>(array.size());
@@ -87,18 +84,13 @@ py::array_t<int64_t> listed_block_starts(const Array<Length>& lengths, const Arr
     const Length* length = lengths.data();
     const int32_t* document = documents.data();
     const int64_t count = documents.size();
-    py::array_t<int64_t> result((count + block_documents - 1) / block_documents + 1);
-    int64_t* starts = result.mutable_data();
-    const py::gil_scoped_release release;
-    int64_t tokens = 0;
-    *starts++ = 0;
-    for (int64_t first = 0; first < count; first += block_documents) {
-        const int64_t last = std::min(first + block_documents, count), next = std::min(last + block_documents, count);
+    return lay_blocks(count, block_documents, [=](int64_t first, int64_t last) {
+        const int64_t next = std::min(last + block_documents, count);
         for (int64_t i = last; i < next; ++i) prefetch(length + document[i]);
+        int64_t tokens = 0;
         for (int64_t i = first; i < last; ++i) tokens += length[document[i]];
-        *starts++ = tokens;
-    }
-    return result;
+        return tokens;
+    });
 }
 
 // What lies at tokens [position, position + length) of `documents` laid end to end.

@@ -3,7 +3,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace py = pybind11;
+
+// Contiguous arrays; what takes them without `noconvert` gets a copy of others.
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+using Integers = Array<int64_t>;
 
 void bind_block_order(py::module_& module);
 void bind_gather(py::module_& module);

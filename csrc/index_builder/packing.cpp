@@ -137,8 +137,6 @@ std::vector<Item> by_decreasing_length(const int64_t* lengths, int64_t count, in
     return items;
 }
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
-
 // lengths: from 1 to capacity, fewer than 2^31. remainder: less than capacity. Returns (items, starts): bins in the
 // order of their first items, whose items increase; the bin of the remainder comes first.
 py::tuple pack_best_fit(const Integers& lengths, int64_t capacity, int64_t remainder) {

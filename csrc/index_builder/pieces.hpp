@@ -1,4 +1,4 @@
-// Cutting a sample out of documents laid end to end.
+// Documents laid end to end: where their blocks begin, and cutting a sample out of them.
 
 #pragma once
 
@@ -41,6 +41,22 @@ private:
     int64_t skip_, left_;
     std::vector<int64_t> documents_, starts_, lengths_;
 };
+
+// int64 [blocks + 1]: where each block of `block_documents` of `count` documents begins, and the end of the last.
+// tokens_of(first, last): the tokens of documents [first, last).
+template <class TokensOf>
+py::array_t<int64_t> lay_blocks(int64_t count, int64_t block_documents, TokensOf tokens_of) {
+    py::array_t<int64_t> result((count + block_documents - 1) / block_documents + 1);
+    int64_t* starts = result.mutable_data();
+    const py::gil_scoped_release release;
+    int64_t tokens = 0;
+    *starts++ = tokens;
+    for (int64_t first = 0; first < count; first += block_documents) {
+        tokens += tokens_of(first, std::min(first + block_documents, count));
+        *starts++ = tokens;
+    }
+    return result;
+}
 
 // The block that holds a token position: starts int64 [blocks + 1], rising from 0.
 inline py::ssize_t block_at(const py::array_t<int64_t>& starts, int64_t position) {
