@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL_SUFFIX = ".partial"
+_CHUNK_BYTES = 1 << 24
 
 
 def partial_path(path: str | Path) -> Path:
@@ -22,15 +26,30 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def errors_name(path: str | Path) -> Iterator[None]:
+    """Writing inside raises OSErrors that name the file: a full disk does not say which one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_synced(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` and wait until the disk has it."""
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk does not say which file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    with errors_name(path), open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_crc32(path: str | Path) -> int:
+    """CRC-32 of a whole file, read in pieces."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

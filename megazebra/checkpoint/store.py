@@ -15,18 +15,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megazebra.durable import partial_path, sync_folder, write_atomically
+from megazebra.durable import file_crc32, partial_path, sync_folder, write_atomically
 from megazebra.errors import UserError
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import Group
 
 FORMAT_VERSION = 2
-_CHUNK_BYTES = 1 << 24
 
 
 class CheckpointError(UserError):
@@ -157,7 +155,7 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
         raise CheckpointError(
             f"{path} has {size} bytes, {entry['bytes']} were written; point `latest` to an older folder"
         )
-    if _crc32(path) != entry["crc32"]:
+    if file_crc32(path) != entry["crc32"]:
         raise CheckpointError(f"{path} is damaged (its CRC-32 differs); point `latest` to an older folder")
     return path
 
@@ -165,12 +163,4 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
 def _describe(path: Path) -> dict[str, int]:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+    return {"bytes": path.stat().st_size, "crc32": file_crc32(path)}

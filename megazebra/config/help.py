@@ -41,9 +41,9 @@ def help_text(width: int | None = None) -> str:
             if twin == name:
                 lines.append(_wrapped(keys.documentation(key), width, "      "))
             if entry := keys.entry_section(key):
-                for part, field in entry.model_fields.items():
+                for part in entry.model_fields:
                     lines.append(_wrapped(f"{part}  ({keys.values_in_words(entry, part)})", width, "      "))
-                    lines.append(_wrapped(" ".join((field.description or "").split()), width, "          "))
+                    lines.append(_wrapped(keys.documentation_in(entry, part), width, "          "))
         lines.append("")
     return "\n".join(lines).rstrip()
 

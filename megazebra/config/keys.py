@@ -75,7 +75,12 @@ def value_of(section: Section, key: str) -> Any:
 def documentation(key: str) -> str:
     """The text under a key or section in the schema, on one line."""
     prefix, _, name = key.rpartition(".")
-    return " ".join((sections()[prefix].model_fields[name].description or "").split())
+    return documentation_in(sections()[prefix], name)
+
+
+def documentation_in(section: type[Section], name: str) -> str:
+    """The same for one key of a section."""
+    return " ".join((section.model_fields[name].description or "").split())
 
 
 @cache

@@ -174,7 +174,7 @@ def _entry_problem(key: str, entry: type[Section], inside: list[str], detail: An
     if name not in entry.model_fields:
         return f"unknown key {key!r}{keys.did_you_mean(name, entry.model_fields)}"
     if detail["type"] == "missing":
-        return f"{key} is missing: {' '.join((entry.model_fields[name].description or '').split())}"
+        return f"{key} is missing: {keys.documentation_in(entry, name)}"
     return f"{key}={shown(detail['input'])}: must be {keys.values_in_words(entry, name)}"
 
 

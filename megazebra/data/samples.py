@@ -128,7 +128,7 @@ class PackedSamples:
         goes_on = pieces.starts + pieces.lengths < self.corpus.document_lengths[pieces.documents]
         read = pieces._replace(lengths=pieces.lengths + goes_on)
         line = self.corpus.gather(read)
-        following = np.append(line[1:], IGNORE_INDEX)
+        following = np.append(labels_and_positions(line, read.lengths)[0], IGNORE_INDEX)
         if self.assistant_only:
             following[~np.append(self._in_assistant_spans(read)[1:], False)] = IGNORE_INDEX
         is_input = np.ones(len(line), dtype=np.bool_)
@@ -138,7 +138,6 @@ class PackedSamples:
         labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
         tokens[:used] = line[is_input]
         labels[:used] = following[is_input]
-        labels[np.cumsum(pieces.lengths)[~goes_on] - 1] = IGNORE_INDEX
         lengths = self._with_padding(pieces)
         return Sample(tokens, labels, document_positions(lengths), lengths, index)
 

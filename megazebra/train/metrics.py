@@ -31,7 +31,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megazebra.durable import write_atomically
+from megazebra.durable import errors_name, write_atomically
 
 Row = dict[str, Any]
 
@@ -49,11 +49,9 @@ class MetricsFile:
         self._file: TextIO = path.open("a")
 
     def write(self, row: Row) -> None:
-        try:
+        with errors_name(self.path):
             self._file.write(_line(row))
             self._file.flush()
-        except OSError as error:  # a full disk; the file's name is what a user needs to know
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         with suppress(OSError):  # every row was flushed: what a full disk refused was reported then
@@ -69,6 +67,11 @@ def read_metrics(path: Path) -> list[Row]:
         except ValueError:
             break
     return rows
+
+
+def loss_of(row: Row) -> float:
+    """A row's loss: NaN and inf are null in the file."""
+    return math.nan if row["loss"] is None else row["loss"]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

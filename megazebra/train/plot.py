@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
 
 from megazebra.durable import write_atomically
-from megazebra.train.metrics import read_metrics
+from megazebra.train.metrics import loss_of, read_metrics
 
 HELD_OUT_COLORS = ("#c0392b", "#2980b9", "#27ae60", "#8e44ad", "#d68910", "#16a085")
 
@@ -27,8 +26,7 @@ def plot_loss(metrics: Path, target: Path, unigram: Mapping[str, float]) -> None
     validation: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["kind"] == "validation":
-            loss = math.nan if row["loss"] is None else row["loss"]
-            validation.setdefault(row["source"], []).append((tokens_at[row["step"]], loss))
+            validation.setdefault(row["source"], []).append((tokens_at[row["step"]], loss_of(row)))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     if train:
         tokens, losses = zip(*train, strict=True)

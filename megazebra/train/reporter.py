@@ -14,7 +14,7 @@ from megazebra.parallel.traffic import TrafficCounter
 from megazebra.plan.hardware import peak_flops
 from megazebra.train.console import Console
 from megazebra.train.engine import StepResult
-from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
+from megazebra.train.metrics import MetricsFile, loss_of, peak_memory_bytes, read_metrics
 from megazebra.train.plot import plot_loss
 from megazebra.train.trackers import open_trackers
 
@@ -112,9 +112,7 @@ class Reporter:
     def _summary(self, progress: Progress, skips: int) -> list[str]:
         rows = read_metrics(self.metrics.path)
         losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
-        validation = {
-            row["source"]: _number(row["loss"]) for row in rows if row["kind"] == "validation"
-        }  # the last of each
+        validation = {row["source"]: loss_of(row) for row in rows if row["kind"] == "validation"}  # the last of each
         epochs = [row["epochs"] for row in rows if row["kind"] == "data"][-1:]
         minutes, seconds = divmod(time.perf_counter() - self.started, 60)
         done = progress.step - self.first.step
@@ -138,8 +136,3 @@ class Reporter:
         lines += [f"    {name}" for name in ("metrics.jsonl", "loss.png", "config.yaml")]
         latest = (self.folder / "checkpoints" / "latest").read_text().strip()
         return [*lines, f"    checkpoints/{latest}"]
-
-
-def _number(value: float | None) -> float:
-    """A number as metrics.jsonl keeps it, which has none for NaN."""
-    return math.nan if value is None else value

@@ -24,7 +24,7 @@ from megazebra.data.corpus.unigram import unigram_entropy
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.documents import end_to_end
 from megazebra.data.index.order import Pieces
-from megazebra.durable import partial_path, sync_folder, write_synced
+from megazebra.durable import errors_name, partial_path, sync_folder, write_synced
 
 # Publishing order: whoever sees .idx sees a complete corpus.
 SUFFIXES = (".bin", ".spans", ".meta.json", ".idx")
@@ -191,10 +191,8 @@ class CorpusWriter:
     def _write(self, ids: NDArray[np.integer]) -> None:
         stored = ids.astype(self.dtype.newbyteorder("<"), copy=False)
         raw = stored.view(np.uint8).data
-        try:
+        with errors_name(self._partial(".bin")):
             self._bin.write(raw)
-        except OSError as error:  # a full disk; the file's name is what a user needs to know
-            raise OSError(error.errno, error.strerror, str(self._partial(".bin"))) from error
         self._checksums.update(raw)
         self.tokens += len(stored)
         self._counts.add(stored)

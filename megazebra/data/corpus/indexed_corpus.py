@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megazebra.data.corpus.bin_file import READ_BYTES, BinFile
+from megazebra.data.corpus.bin_file import BinFile
 from megazebra.data.corpus.index_format import REBUILD
 from megazebra.data.corpus.index_reader import read_index
 from megazebra.data.corpus.sidecar import read_meta
@@ -21,6 +20,7 @@ from megazebra.data.errors import CorpusError
 from megazebra.data.index.builder import native
 from megazebra.data.index.documents import Documents
 from megazebra.data.index.order import Pieces
+from megazebra.durable import file_crc32
 
 LARGEST_ID = 2**63 - 1
 
@@ -151,11 +151,7 @@ class Corpus:
         """
         if self.meta is None:
             raise CorpusError(f"{self.prefix}.meta.json does not exist, so there are no checksums to verify against")
-        crc32 = 0
-        with open(self.prefix + ".idx", "rb") as index:
-            while chunk := index.read(READ_BYTES):
-                crc32 = zlib.crc32(chunk, crc32)
-        if crc32 != self.meta.idx_crc32:
+        if file_crc32(self.prefix + ".idx") != self.meta.idx_crc32:
             raise CorpusError(f"{self.prefix}.idx does not match its checksum; {REBUILD}")
         self._bin.verify(self.meta.checksum_block_bytes, self.meta.bin_crc32, progress)
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from megazebra.data.corpus.index_format import REBUILD
 from megazebra.data.errors import CorpusError
+from megazebra.data.index.documents import end_to_end
 
 MAGIC = b"MZSPANS\x00"
 VERSION = 1
@@ -44,8 +45,7 @@ class DocumentSpans(NamedTuple):
     def collect(cls, per_document: Sequence[NDArray[np.integer]]) -> DocumentSpans:
         """One array of [start, end) pairs [k, 2] per document."""
         arrays = [spans.astype(np.int64, copy=False) for spans in per_document]
-        firsts = np.zeros(len(arrays) + 1, dtype=np.int64)
-        np.cumsum([len(array) for array in arrays], out=firsts[1:])
+        firsts = end_to_end(np.array([len(array) for array in arrays], dtype=np.int64))
         return cls(firsts, np.concatenate(arrays) if arrays else np.zeros((0, 2), dtype=np.int64))
 
     @property

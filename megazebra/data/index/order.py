@@ -13,7 +13,7 @@ every sample, which takes the compiled kernel a few microseconds.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from megazebra.data.errors import CorpusError
 from megazebra.data.index.builder import native
 from megazebra.data.index.documents import Documents, end_to_end
 from megazebra.data.index.permutation import KeyedPermutation, derive_key
+
+Made = TypeVar("Made")
 
 EPOCHS_IN_USE = 2  # the one being read, and the next one, which prefetching may have reached
 
@@ -91,10 +93,7 @@ class SampleOrder:
     def _lay(self, number: int) -> _Epoch:
         """An epoch, remembered until others push it out. Threads may lay one twice, to the same result."""
         key = None if self._key is None else derive_key(self._key, number)
-        epoch = self._epochs[number] = _Epoch(self.documents, self.samples_per_epoch, key)
-        for old in list(self._epochs)[:-EPOCHS_IN_USE]:
-            self._epochs.pop(old, None)
-        return epoch
+        return remember(self._epochs, number, _Epoch(self.documents, self.samples_per_epoch, key), EPOCHS_IN_USE)
 
 
 class _Epoch:
@@ -137,6 +136,14 @@ class _Epoch:
         count = min(self._documents.block_documents, len(self._documents) - first)
         members = np.arange(count) if self._key is None else KeyedPermutation(count, self._key, block).all()
         return first + members
+
+
+def remember(cache: dict[int, Made], key: int, made: Made, most: int) -> Made:
+    """`made`, put into the cache; beyond `most` entries the oldest leave. Other threads may do the same meanwhile."""
+    cache[key] = made
+    for old in list(cache)[:-most]:
+        cache.pop(old, None)
+    return made
 
 
 def cut_pieces(documents: NDArray[np.integer], lengths: NDArray[np.integer], position: int, length: int) -> Pieces:

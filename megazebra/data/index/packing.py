@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from megazebra.data.errors import CorpusError
 from megazebra.data.index.best_fit import Bins, pack_best_fit
 from megazebra.data.index.documents import Documents, end_to_end
-from megazebra.data.index.order import Pieces
+from megazebra.data.index.order import Pieces, remember
 from megazebra.data.index.permutation import KeyedPermutation, derive_key
 
 # A window has at least this many of both. More documents: less padding where few of them fill a sample. More sequences:
@@ -131,10 +131,8 @@ class PackedOrder:
         """A window, remembered until others push it out. Threads may pack one twice, to the same result."""
         window = self._windows.get(number)
         if window is None:
-            window = self._windows[number] = self._pack_window(number)
-            remembered = max(1, CACHED_DOCUMENTS // (self._window_blocks * self.documents.block_documents))
-            for old in list(self._windows)[:-remembered]:
-                self._windows.pop(old, None)
+            most = max(1, CACHED_DOCUMENTS // (self._window_blocks * self.documents.block_documents))
+            window = remember(self._windows, number, self._pack_window(number), most)
         return window
 
     def _pack_window(self, number: int) -> _Window:

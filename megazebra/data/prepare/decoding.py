@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.errors import CorpusError
-from megazebra.data.prepare.encoders.tokenizer import load_tokenizer
+from megazebra.data.prepare.encoders.tokenizer import load_sentencepiece, load_tokenizer
 
 ASSISTANT_BEGINS, ASSISTANT_ENDS = "⟦", "⟧"
 
@@ -24,16 +24,7 @@ def open_decoder(path: str | Path) -> Decode:
     if Path(path).suffix != ".model":
         tokenizer = load_tokenizer(path)
         return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-    try:
-        from sentencepiece import SentencePieceProcessor
-
-        model = SentencePieceProcessor(model_file=str(path))
-    except ImportError as error:
-        raise CorpusError(
-            f"{path} needs the sentencepiece library ({error}); install megazebra[sentencepiece]"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        raise CorpusError(f"{path} is no sentencepiece model ({error}); give another tokenizer") from error
+    model = load_sentencepiece(path)
     size = model.get_piece_size()
     # It refuses ids beyond its vocabulary, where `tokenizers` leaves them out.
     return lambda ids: model.decode([token for token in ids if token < size])

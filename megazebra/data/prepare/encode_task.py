@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megazebra.data.errors import CorpusError
 from megazebra.data.prepare.encoders.encoded import DocumentEncoder, EncodedDocument, Refused
 from megazebra.data.prepare.inputs.records import EMPTY, Item, RecordOptions, read_items
-from megazebra.data.prepare.inputs.tasks import Task
+from megazebra.data.prepare.inputs.tasks import Task, gathered
 from megazebra.data.prepare.open_encoder import EncoderOptions
 from megazebra.data.prepare.parts import PartsFolder, PartWriter
+
+LEAST_ITEM_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,9 @@ def encode_task(number: int, task: Task, encoder: DocumentEncoder, work: Work) -
     if done and done[-1].complete:
         return
     items = read_items(task, work.records, behind=done[-1].stop if done else 0)
-    batches = _batches(items, work.sizes.batch * (work.encoder.threads or 1))
+    # An item without any text counts too, so that a batch of them ends.
+    batch_bytes = work.sizes.batch * (work.encoder.threads or 1)
+    batches = gathered(items, lambda item: max(item.bytes, LEAST_ITEM_BYTES), batch_bytes)
     for part_number in itertools.count(len(done)):
         with PartWriter(work.parts.part(number, part_number), encoder) as part:
             written = 0
@@ -106,17 +110,3 @@ def _documents(items: list[Item], encoder: DocumentEncoder) -> list[EncodedDocum
             except CorpusError as error:
                 raise CorpusError(f"{item.place}: {error}") from error
         raise
-
-
-def _batches(items: Iterable[Item], batch_bytes: int) -> Iterator[list[Item]]:
-    """Items by about `batch_bytes` of text; an item without any counts too, so that a batch of them ends."""
-    batch: list[Item] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += max(item.bytes, 64)
-        if size >= batch_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

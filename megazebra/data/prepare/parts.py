@@ -130,6 +130,11 @@ class PartsFolder:
         return [path.parent for path in self.path.glob(f"*/{REPORT}") if path.parent.suffix != PARTIAL_SUFFIX]
 
 
+def corpus_writer(prefix: Path, encoder: DocumentEncoder) -> CorpusWriter:
+    """For documents of this encoder."""
+    return CorpusWriter(prefix, vocab_size=encoder.vocab_size, eod_id=encoder.eod_id, with_spans=encoder.has_spans)
+
+
 class PartWriter:
     """Context manager that writes one part. Without `publish`, and on an error, nothing stays."""
 
@@ -152,13 +157,7 @@ class PartWriter:
             return
         name = "validation" if validation else "train"
         if name not in self._writers:
-            writer = CorpusWriter(
-                self._folder / name,
-                vocab_size=self._encoder.vocab_size,
-                eod_id=self._encoder.eod_id,
-                with_spans=self._encoder.has_spans,
-            )
-            self._writers[name] = self._open_writers.enter_context(writer)
+            self._writers[name] = self._open_writers.enter_context(corpus_writer(self._folder / name, self._encoder))
             self.report.corpora.append(name)
         spans: list[Any] | None = [document.spans for document in documents] if self._encoder.has_spans else None
         self._writers[name].add_documents([document.tokens for document in documents], spans)

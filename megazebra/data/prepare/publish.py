@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megazebra.data.corpus.corpus_writer import SUFFIXES, CorpusWriter
+from megazebra.data.corpus.corpus_writer import SUFFIXES
 from megazebra.data.corpus.indexed_corpus import Corpus
 from megazebra.data.corpus.unigram import unigram_cross_entropy
 from megazebra.data.prepare.encoders.encoded import DocumentEncoder
-from megazebra.data.prepare.parts import PartReport, PartsFolder
+from megazebra.data.prepare.parts import PartReport, PartsFolder, corpus_writer
 from megazebra.durable import sync_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -31,17 +31,7 @@ def publish(
     """
     with contextlib.ExitStack() as stack:
         # Corpora appear when the block ends, the last one entered first.
-        writers = {
-            name: stack.enter_context(
-                CorpusWriter(
-                    folder / name,
-                    vocab_size=encoder.vocab_size,
-                    eod_id=encoder.eod_id,
-                    with_spans=encoder.has_spans,
-                )
-            )
-            for name in sidecars
-        }
+        writers = {name: stack.enter_context(corpus_writer(folder / name, encoder)) for name in sidecars}
         for task, task_reports in enumerate(reports):
             for number, report in enumerate(task_reports):
                 for name in report.corpora:

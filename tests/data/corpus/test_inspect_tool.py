@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from megazebra.data.corpus.corpus_writer import CorpusWriter
 from megazebra.data.corpus.indexed_corpus import Corpus
-from megazebra.data.prepare.encoders.tokenizer import byte_tokenizer, save_tokenizer, tokenizer_fingerprint
+from megazebra.data.prepare.encoders.tokenizer import byte_tokenizer, save_tokenizer, serialize
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_data.py"
 specification = importlib.util.spec_from_file_location("inspect_data", TOOL)
@@ -35,7 +36,9 @@ def write(prefix: Path, texts: list[str] = TEXTS, **spans) -> Path:
     save_tokenizer(tokenizer, prefix.parent / "tokenizer.json")
     with CorpusWriter(prefix, vocab_size=257, eod_id=EOD, with_spans=bool(spans)) as writer:
         writer.add_documents([[*text.encode(), EOD] if text else [] for text in texts], **spans)
-        writer.record(tokenizer={"path": "tokenizer.json", "fingerprint": tokenizer_fingerprint(tokenizer)})
+        writer.record(
+            tokenizer={"path": "tokenizer.json", "fingerprint": hashlib.sha256(serialize(tokenizer)).hexdigest()}
+        )
     return prefix
 
 

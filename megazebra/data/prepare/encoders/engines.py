@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megazebra.data.errors import CorpusError
+from megazebra.data.prepare.encoders.tokenizer import load_sentencepiece
 
 
 class Engine(Protocol):
@@ -62,16 +63,7 @@ class SentencePieceEngine:
     description = "sentencepiece"
 
     def __init__(self, path: Path, *, threads: int | None) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise CorpusError(
-                f"{path} needs the sentencepiece library ({error}); install megazebra[sentencepiece]"
-            ) from error
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise CorpusError(f"{path} is no sentencepiece model ({error}); give another --tokenizer") from error
+        self._model = load_sentencepiece(path)
         self._threads = threads or -1  # one per core
         self._end: list[int] = []
         self.vocab_size: int = self._model.vocab_size()

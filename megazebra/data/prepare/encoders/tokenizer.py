@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,6 +70,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from error
 
 
+def load_sentencepiece(path: str | Path) -> Any:
+    """The SentencePieceProcessor of a .model. Raises CorpusError without the library, and where the file is none."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise CorpusError(
+            f"{path} needs the sentencepiece library ({error}); install megazebra[sentencepiece]"
+        ) from error
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise CorpusError(f"{path} is no sentencepiece model ({error}); give another --tokenizer") from error
+
+
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     """Write tokenizer.json in one step."""
     write_atomically(path, serialize(tokenizer))
@@ -79,11 +92,6 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
 def serialize(tokenizer: Tokenizer) -> bytes:
     """The content of tokenizer.json."""
     return tokenizer.to_str(pretty=True).encode()
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256 of tokenizer.json as save_tokenizer writes it."""
-    return hashlib.sha256(serialize(tokenizer)).hexdigest()
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os.path
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from megazebra.data.prepare.inputs.files import PARQUET_SUFFIX, InputFile, content_hash, held_out, name_bytes
 from megazebra.data.prepare.inputs.parquet import columns_to_read, open_parquet, row_group_bytes
@@ -60,6 +60,7 @@ class ParquetTask:
 
 
 Task = TextTask | JsonLinesTask | ParquetTask
+Thing = TypeVar("Thing")
 
 
 def text_documents(
@@ -101,7 +102,9 @@ def plan_tasks(
     tasks: list[Task] = []
     for is_text, run in itertools.groupby(sources, key=lambda source: isinstance(source, TextDocument)):
         if is_text:
-            tasks += map(TextTask, _groups([source for source in run if isinstance(source, TextDocument)], task_bytes))
+            texts = (source for source in run if isinstance(source, TextDocument))
+            groups = gathered(texts, lambda document: document.bytes, task_bytes)
+            tasks += [TextTask(tuple(group)) for group in groups]
             continue
         for file in run:
             assert isinstance(file, InputFile)
@@ -121,17 +124,18 @@ def _folder(file: InputFile) -> str:
     return os.path.dirname(file.name) or file.name
 
 
-def _groups(documents: Sequence[TextDocument], task_bytes: int) -> Iterator[tuple[TextDocument, ...]]:
-    group: list[TextDocument] = []
-    group_bytes = 0
-    for document in documents:
-        group.append(document)
-        group_bytes += document.bytes
-        if group_bytes >= task_bytes:
-            yield tuple(group)
-            group, group_bytes = [], 0
+def gathered(things: Iterable[Thing], size_of: Callable[[Thing], int], least: int) -> Iterator[list[Thing]]:
+    """The things in their order, in groups that end as soon as they have `least` in all."""
+    group: list[Thing] = []
+    size = 0
+    for thing in things:
+        group.append(thing)
+        size += size_of(thing)
+        if size >= least:
+            yield group
+            group, size = [], 0
     if group:
-        yield tuple(group)
+        yield group
 
 
 def _json_lines_tasks(file: InputFile, task_bytes: int) -> list[JsonLinesTask]:

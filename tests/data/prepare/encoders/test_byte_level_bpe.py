@@ -15,7 +15,7 @@ from megazebra.data.prepare.encoders.tokenizer import (
     eod_id,
     load_tokenizer,
     save_tokenizer,
-    tokenizer_fingerprint,
+    serialize,
     train_byte_level_bpe,
     vocab_size,
 )
@@ -46,6 +46,11 @@ def test_special_token_in_a_document_is_text(tokenizer, tmp_path):
         assert each.decode(ids) == f"a{EOD_TOKEN}b"
 
 
+def tokenizer_fingerprint(tokenizer):
+    """sha256 of tokenizer.json as save_tokenizer writes it."""
+    return hashlib.sha256(serialize(tokenizer)).hexdigest()
+
+
 def test_saved_file_has_the_fingerprint(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     save_tokenizer(tokenizer, path)
@@ -59,7 +64,7 @@ def test_training_is_deterministic_across_processes(tokenizer):
     program = (
         "from megazebra.data.prepare.encoders.tokenizer import *; "
         "texts = [f'def function_{n}(argument):\\n    return argument + {n}\\n' for n in range(200)]; "
-        "print(tokenizer_fingerprint(train_byte_level_bpe(texts, 300)))"
+        "import hashlib; print(hashlib.sha256(serialize(train_byte_level_bpe(texts, 300))).hexdigest())"
     )
     root = Path(__file__).parents[4]
     found = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
