@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "megazebra"
 # The longest name that fits decides.
 TIERS: list[list[str]] = [
     ["megazebra"],  # the version
-    ["pattern", "labels", "errors", "durable"],
+    ["pattern", "labels", "errors", "durable", "compiled"],
     ["launch"],
     ["config"],
     ["parallel", "attention", "data.errors"],
@@ -35,7 +35,7 @@ TIERS: list[list[str]] = [
     ["train"],
 ]
 ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
-    "data.index": {"labels", "data.errors"},
+    "data.index": {"labels", "compiled", "data.errors"},
     "data.corpus": {"durable", "data.errors", "data.index"},
     "data.samples": {"labels", "data.errors", "data.index", "data.corpus"},
     "data.sources": {"config", "data.errors", "data.index", "data.corpus", "data.samples"},

@@ -17,9 +17,9 @@ from megazebra.attention.packing import Packing
 from megazebra.config.backends import attention_backend_names
 from megazebra.pattern import AttentionSpec
 
-# Best first; the last one runs everywhere.
+# Best first; the last one runs everywhere. triton is asked for by name: its kernels have never run on a GPU.
 AUTO_ORDER = {"cuda": ("flash", "flex", "blocked")}
-AUTO_ORDER_ELSEWHERE = ("blocked",)
+AUTO_ORDER_ELSEWHERE = ("simd", "blocked")
 
 
 class Backend(Protocol):

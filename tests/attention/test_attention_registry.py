@@ -2,7 +2,7 @@ import pytest
 import torch
 from attention_cases import CPU, attention_spec
 
-from megazebra.attention import backend_names, flash, flex, load_backend, resolve_backend
+from megazebra.attention import backend_names, flash, flex, load_backend, resolve_backend, simd
 
 LAYERS = (attention_spec(None), attention_spec(512), attention_spec(512), attention_spec(512))
 CUDA = torch.device("cuda")
@@ -13,7 +13,7 @@ def resolve(name: str, device: torch.device, specs=LAYERS, dtype=torch.bfloat16)
 
 
 def test_backends_are_the_files_of_the_folder():
-    assert {"reference", "blocked", "flash", "flex"} <= set(backend_names())
+    assert {"reference", "blocked", "simd", "flash", "flex"} <= set(backend_names())
     assert not {"__init__", "backend", "inputs", "packing"} & set(backend_names())
     for name in backend_names():
         backend = load_backend(name)
@@ -21,11 +21,25 @@ def test_backends_are_the_files_of_the_folder():
         assert isinstance(backend.unavailable(CPU), str | None)
 
 
-def test_auto_on_cpu():
+def test_auto_on_cpu(monkeypatch):
+    monkeypatch.setattr(simd, "unavailable", lambda device: None)
+    choice = resolve("auto", CPU)
+    assert choice.name == "simd"
+    assert choice.attend is simd.attend
+    assert choice.reason == "attention backend simd: the best on cpu"
+
+
+def test_auto_on_cpu_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setattr(simd, "_loaded", "No module named 'x'; install a C++ compiler, then megazebra again")
     choice = resolve("auto", CPU)
     assert choice.name == "blocked"
     assert choice.attend is load_backend("blocked").attend
-    assert choice.reason == "attention backend blocked: the best on cpu"
+    assert "not simd, because it is not compiled (" in choice.reason
+    assert "install a C++ compiler" in choice.reason
+
+
+def test_auto_on_cpu_where_the_kernel_lacks_something():
+    assert resolve("auto", CPU, dtype=torch.float64).name == "blocked"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+// AVX-512 without BF16 instructions: bf16 is computed in float32.
+
+#include "standard_library.hpp"
+
+#if defined(__x86_64__)
+
+#define ISA avx512
+#define ISA_AVX512 1
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#include "kernels.hpp"
+
+namespace windowed_attention {
+
+const Kernels avx512_kernels = avx512::kernels<avx512::Fp32>;
+
+}  // namespace windowed_attention
+
+#endif

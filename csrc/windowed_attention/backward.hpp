@@ -1,0 +1,239 @@
+// The backward pass in one sweep of five matrix products: P' = exp(K Q'), dP' = V dO', dV += P' dO, dK += dS' Q,
+// dQ' += K' dS' (FlashAttention's algorithm 4, Dao et al. 2022), transposed as the forward pass is.
+//
+// Queries and keys are cut into chunks that end together; a task is a pair of chunks of one key/value head. All tasks
+// with one distance between the chunks touch different parts of dq, dk and dv, so they run at once, and distances come
+// one after the other: sums have a fixed order whatever the number of threads, and need no atomics.
+
+#pragma once
+
+#include "band.hpp"
+#include "exponential.hpp"
+#include "packing.hpp"
+#include "workspace.hpp"
+
+namespace windowed_attention::ISA {
+
+// A multiple of every BLOCK_ROWS, so that only the last block of all is ragged. At the usual windows, up to this, a
+// chunk sees keys of itself and of one more.
+constexpr int64_t CHUNK_QUERIES = 1536;
+
+// Where the gradients of one key/value head and of its R query heads are summed, in float32.
+struct HeadSums {
+    Tensor<float> dq, dk, dv;  // [position, head of the group or 0, D]; the batch's stride is not used
+};
+
+// Queries of one chunk against keys [first_key, end_key).
+struct ChunkPair {
+    int64_t b, g, first_query, end_query, first_key, end_key;
+    bool same_place;  // the keys are the queries' own: nothing was summed for these rows before
+};
+
+template <class Arithmetic, class Element>
+class BackwardTask {
+public:
+    BackwardTask(const Backward<Element>& problem, const HeadSums& sums, const ChunkPair& pair)
+        : problem_(problem), sizes_(problem.sizes), sums_(sums), pair_(pair), R_(sizes_.H / sizes_.G),
+          keys_(pair.end_key - pair.first_key), capped_(sizes_.softcap > 0),
+          logit_factor_(capped_ ? sizes_.scale / sizes_.softcap : sizes_.scale * LOG2_E) {}
+
+    static size_t workspace_floats(const Sizes& sizes) {
+        return 6 * (CHUNK_QUERIES + TILE_KEYS) * (sizes.D + ROW_PADDING) + 5 * (sizes.D + ROW_PADDING) * BLOCK_ROWS +
+               3 * PIECE_KEYS * BLOCK_ROWS + 16 * ROW_PADDING;
+    }
+
+    void run(Workspace workspace) {
+        const int64_t D = sizes_.D, padded_keys = keys_ + TILE_KEYS;
+        items_step_ = D / Arithmetic::PACKED + ROW_PADDING, rows_step_ = D + ROW_PADDING;
+        key_items_ = workspace.take(padded_keys * items_step_);
+        value_items_ = workspace.take(padded_keys * items_step_);
+        key_rows_ = Arithmetic::PACKED == 1 ? key_items_ : workspace.take(padded_keys * rows_step_ / 2);
+        dk_ = workspace.take(padded_keys * rows_step_);
+        dv_ = workspace.take(padded_keys * rows_step_);
+        queries_ = workspace.take(D * BLOCK_ROWS);
+        douts_ = workspace.take(D * BLOCK_ROWS);
+        query_rows_ = workspace.take(BLOCK_ROWS * rows_step_);
+        dout_rows_ = workspace.take(BLOCK_ROWS * rows_step_);
+        dq_ = workspace.take(D * BLOCK_ROWS);
+        weights_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
+        dlogits_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
+        dlogit_items_ = Arithmetic::PACKED == 1 ? dlogits_ : workspace.take(PIECE_KEYS * BLOCK_ROWS);
+
+        pack_keys();
+        std::fill_n(dk_, padded_keys * rows_step_, 0.0f);
+        std::fill_n(dv_, padded_keys * rows_step_, 0.0f);
+        const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
+        for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
+            const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows - row));
+            const RowBlock block(sizes_, pair_.b, pair_.first_query, row, count, pair_.first_key, keys_);
+            load_rows(row, count, block.vectors);
+            std::fill_n(dq_, D * BLOCK_ROWS, 0.0f);
+            for_each_piece(block, [&](const Piece& piece) {
+                with_constant<BLOCK_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
+                    differentiate<decltype(vectors)::value>(block, piece);
+                });
+            });
+            add_dq(row, count);
+        }
+        add_key_gradients(dk_, sums_.dk, sizes_.scale);
+        add_key_gradients(dv_, sums_.dv, 1.0f);
+    }
+
+private:
+    void pack_keys() {
+        const auto rows_of = [&](const Tensor<const Element>& x) {
+            return EvenRows<const Element>{at(x, pair_.b, pair_.first_key, pair_.g), x.strides.position};
+        };
+        const int64_t D = sizes_.D;
+        pack_along_columns<Arithmetic>(rows_of(problem_.k), keys_, D, key_items_, items_step_);
+        pack_along_columns<Arithmetic>(rows_of(problem_.v), keys_, D, value_items_, items_step_);
+        // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
+        std::fill_n(key_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
+        std::fill_n(value_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
+        if constexpr (Arithmetic::PACKED == 2) {
+            pack_along_rows<Arithmetic>(rows_of(problem_.k), keys_, D, key_rows_, rows_step_);
+            std::fill_n(key_rows_ + (keys_ + 1) / 2 * rows_step_, TILE_KEYS / 2 * rows_step_, 0.0f);
+        }
+    }
+
+    void load_rows(int64_t row, int count, int vectors) {
+        const Element *q[BLOCK_ROWS], *dout[BLOCK_ROWS];
+        std::fill_n(q, BLOCK_ROWS, reinterpret_cast<const Element*>(zero_row));
+        std::fill_n(dout, BLOCK_ROWS, reinterpret_cast<const Element*>(zero_row));
+        std::fill_n(lse_, BLOCK_ROWS, 0.0f);
+        std::fill_n(delta_, BLOCK_ROWS, 0.0f);
+        Row next = Row::of(pair_.first_query, row, R_);
+        for (int i = 0; i < count; ++i, next.next(R_)) {
+            const int64_t query = next.query, head = pair_.g * R_ + next.head;
+            q[i] = at(problem_.q, pair_.b, query, head);
+            dout[i] = at(problem_.dout, pair_.b, query, head);
+            const int64_t statistic = (pair_.b * sizes_.S + query) * sizes_.H + head;
+            lse_[i] = problem_.lse[statistic] * LOG2_E;
+            if (pair_.same_place) problem_.delta[statistic] = dot(dout[i], at(problem_.out, pair_.b, query, head), sizes_.D);
+            delta_[i] = problem_.delta[statistic];
+        }
+        pack_transposed<Arithmetic>(q, vectors, sizes_.D, queries_);
+        pack_transposed<Arithmetic>(dout, vectors, sizes_.D, douts_);
+        pack_along_rows<Arithmetic>(q, vectors * LANES, sizes_.D, query_rows_, rows_step_);
+        pack_along_rows<Arithmetic>(dout, vectors * LANES, sizes_.D, dout_rows_, rows_step_);
+    }
+
+    template <int VECTORS>
+    void differentiate(const RowBlock& block, const Piece& piece) {
+        constexpr int PACKED = Arithmetic::PACKED;
+        const int offset = piece.first_vector * LANES;
+        for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
+            Floats weights[TILE_KEYS][VECTORS], dlogits[TILE_KEYS][VECTORS];
+            multiply<Arithmetic>(key_items_ + key * items_step_, items_step_, 1, queries_ + offset, BLOCK_ROWS,
+                                 sizes_.D / PACKED, weights);
+            const float factor = capped_ ? sizes_.softcap * LOG2_E : logit_factor_;
+            if (capped_) {
+                transform(weights, [&](Floats x, int) { return tanh(x * logit_factor_); });
+                std::memcpy(tanhs_, weights, sizeof(weights));
+            }
+            if (!piece.whole) hide(block, offset, key, -INFINITY, weights);
+            transform(weights, [&](Floats x, int v) {
+                const Floats lse = load(lse_ + offset + v * LANES);
+                return vanishing_exp2<Arithmetic::EXP2_DEGREE>(multiply_add(x, broadcast(factor), -lse));
+            });
+            const int64_t row = (key - piece.first) * ROW_ITEMS + offset / PACKED;
+            store_rows<Arithmetic>(weights_ + row, weights);
+
+            multiply<Arithmetic>(value_items_ + key * items_step_, items_step_, 1, douts_ + offset, BLOCK_ROWS,
+                                 sizes_.D / PACKED, dlogits);
+            UNROLL
+            for (int v = 0; v < VECTORS; ++v) {
+                const Floats delta = load(delta_ + offset + v * LANES);
+                UNROLL
+                for (int j = 0; j < TILE_KEYS; ++j) dlogits[j][v] = weights[j][v] * (dlogits[j][v] - delta);
+            }
+            if (capped_) {
+                UNROLL
+                for (int v = 0; v < VECTORS; ++v) {
+                    UNROLL
+                    for (int j = 0; j < TILE_KEYS; ++j) {
+                        const Floats tanh_now = load(tanhs_ + (j * VECTORS + v) * LANES);
+                        dlogits[j][v] *= 1.0f - tanh_now * tanh_now;
+                    }
+                }
+            }
+            store_rows<Arithmetic>(dlogits_ + row, dlogits);
+            if constexpr (PACKED == 2)
+                store_items<Arithmetic>(dlogit_items_ + (key - piece.first) / PACKED * BLOCK_ROWS + offset, dlogits);
+        }
+
+        const int rows = VECTORS * LANES;
+        add_key_products(weights_ + offset / PACKED, dout_rows_ + offset / PACKED * rows_step_, rows, piece, dv_);
+        add_key_products(dlogits_ + offset / PACKED, query_rows_ + offset / PACKED * rows_step_, rows, piece, dk_);
+        const float* const keys = key_rows_ + piece.first / PACKED * rows_step_;
+        for (int64_t d = 0; d < sizes_.D; d += TILE_KEYS) {
+            Floats sums[TILE_KEYS][VECTORS];
+            multiply<Arithmetic>(keys + d, 1, rows_step_, dlogit_items_ + offset, BLOCK_ROWS,
+                                 (piece.end - piece.first) / PACKED, sums);
+            add_to(dq_ + d * BLOCK_ROWS + offset, BLOCK_ROWS, sums);
+        }
+    }
+
+    // to [keys of the piece][D] += tile' [keys][rows] times matrix [rows][D].
+    void add_key_products(const float* tile, const float* matrix, int rows, const Piece& piece, float* to) {
+        const int64_t vectors = sizes_.D / LANES;
+        for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
+            for (int64_t v = 0; v < vectors;) {
+                // Three at a time fill the registers; a single one would leave them idle, so four are twice two.
+                const int64_t left = vectors - v;
+                const int now = left == 4 ? 2 : static_cast<int>(std::min<int64_t>(left, BLOCK_VECTORS));
+                with_constant<BLOCK_VECTORS>(now, [&](auto constant) {
+                    Floats sums[TILE_KEYS][decltype(constant)::value];
+                    multiply<Arithmetic>(tile + (key - piece.first) * ROW_ITEMS, ROW_ITEMS, 1, matrix + v * LANES,
+                                         rows_step_, rows / Arithmetic::PACKED, sums);
+                    add_to(to + key * rows_step_ + v * LANES, rows_step_, sums);
+                });
+                v += now;
+            }
+        }
+    }
+
+    void add_dq(int64_t row, int count) {
+        float scales[BLOCK_ROWS];
+        float* to[BLOCK_ROWS];
+        std::fill_n(scales, BLOCK_ROWS, sizes_.scale);
+        Row next = Row::of(pair_.first_query, row, R_);
+        for (int i = 0; i < count; ++i, next.next(R_)) to[i] = at(sums_.dq, 0, next.query, next.head);
+        unpack_transposed(dq_, scales, count, sizes_.D, [&](int i, int64_t d, Floats x) {
+            store(to[i] + d, pair_.same_place ? x : load(to[i] + d) + x);
+        });
+    }
+
+    void add_key_gradients(const float* from, const Tensor<float>& sums, float factor) {
+        for (int64_t key = 0; key < keys_; ++key) {
+            float* const to = at(sums, 0, pair_.first_key + key, 0);
+            for (int64_t d = 0; d < sizes_.D; d += LANES) {
+                const Floats x = load(from + key * rows_step_ + d) * factor;
+                store(to + d, pair_.same_place ? x : load(to + d) + x);
+            }
+        }
+    }
+
+    // Distance of the rows of weights_ and dlogits_: one key's numbers for all rows, as items along the rows.
+    static constexpr int64_t ROW_ITEMS = BLOCK_ROWS / Arithmetic::PACKED;
+
+    const Backward<Element>& problem_;
+    const Sizes& sizes_;
+    const HeadSums& sums_;
+    const ChunkPair& pair_;
+    int64_t R_, keys_;
+    bool capped_;
+    float logit_factor_;
+    int64_t items_step_, rows_step_;
+    // The panel: keys and values with items along D, keys with items along the keys, and their gradients so far.
+    float *key_items_, *value_items_, *key_rows_, *dk_, *dv_;
+    // The block: queries and output gradients transposed, the same with items along the rows, dq transposed.
+    float *queries_, *douts_, *query_rows_, *dout_rows_, *dq_;
+    alignas(64) float lse_[BLOCK_ROWS], delta_[BLOCK_ROWS];
+    // The tile: tanh(logit / softcap), where there is one.
+    alignas(64) float tanhs_[TILE_KEYS * BLOCK_ROWS];
+    // The piece: weights and gradients of logits with items along the rows, the latter also with items along the keys.
+    float *weights_, *dlogits_, *dlogit_items_;
+};
+
+}  // namespace windowed_attention::ISA
