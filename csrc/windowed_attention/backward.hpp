@@ -18,19 +18,27 @@ namespace windowed_attention::ISA {
 // chunk sees keys of itself and of one more.
 constexpr int64_t CHUNK_QUERIES = 1536;
 
-// Where the gradients of one key/value head and of its R query heads are summed, in float32.
+// Where the gradients of one key/value head and of its R query heads are summed, in float32, between the tasks that
+// add to them. [position, head of the group or 0, D]; the batch's stride is not used. Float32 gradients are summed where
+// they are returned.
 struct HeadSums {
-    Tensor<float> dq, dk, dv;  // [position, head of the group or 0, D]; the batch's stride is not used
+    Tensor<float> dq, dk, dv;
 };
 
-// Queries of one chunk against keys [first_key, end_key).
+// Queries of one chunk against keys [first_key, end_key) of one chunk.
 struct ChunkPair {
     int64_t b, g, first_query, end_query, first_key, end_key;
-    bool same_place;  // the keys are the queries' own: nothing was summed for these rows before
+    bool same_place;       // the keys are the queries' own: nothing was summed for these rows before
+    int64_t complete_dq;   // queries whose first key is at or after this one see no earlier chunk of keys
+    int64_t complete_dk;   // keys before this one are seen by no later chunk of queries
 };
 
 template <class Arithmetic, class Element>
 class BackwardTask {
+    // Rows computed together. Twice the columns of a register tile, since each block adds to the gradients of all the
+    // keys that it sees: reading and writing those costs as much as a tenth of its products.
+    static constexpr int BLOCK_ROWS = 2 * TILE_VECTORS * LANES;
+
 public:
     BackwardTask(const Backward<Element>& problem, const HeadSums& sums, const ChunkPair& pair)
         : problem_(problem), sizes_(problem.sizes), sums_(sums), pair_(pair), R_(sizes_.H / sizes_.G),
@@ -65,18 +73,14 @@ public:
         const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
         for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
             const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows - row));
-            const RowBlock block(sizes_, pair_.b, pair_.first_query, row, count, pair_.first_key, keys_);
+            const RowBlock<BLOCK_ROWS> block(sizes_, pair_.b, pair_.first_query, row, count, pair_.first_key, keys_);
             load_rows(row, count, block.vectors);
             std::fill_n(dq_, D * BLOCK_ROWS, 0.0f);
-            for_each_piece(block, [&](const Piece& piece) {
-                with_constant<BLOCK_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
-                    differentiate<decltype(vectors)::value>(block, piece);
-                });
-            });
+            for_each_piece(block, [&](const Piece& piece) { differentiate(block, piece); });
             add_dq(row, count);
         }
-        add_key_gradients(dk_, sums_.dk, sizes_.scale);
-        add_key_gradients(dv_, sums_.dv, 1.0f);
+        add_key_gradients(dk_, sums_.dk, problem_.dk, sizes_.scale);
+        add_key_gradients(dv_, sums_.dv, problem_.dv, 1.0f);
     }
 
 private:
@@ -112,16 +116,37 @@ private:
             if (pair_.same_place) problem_.delta[statistic] = dot(dout[i], at(problem_.out, pair_.b, query, head), sizes_.D);
             delta_[i] = problem_.delta[statistic];
         }
-        pack_transposed<Arithmetic>(q, vectors, sizes_.D, queries_);
-        pack_transposed<Arithmetic>(dout, vectors, sizes_.D, douts_);
+        const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
+        // What is read next comes from memory while this block is computed.
+        for (int i = 0; i < count && row + BLOCK_ROWS + i < rows; ++i, next.next(R_)) {
+            const int64_t query = next.query, head = pair_.g * R_ + next.head;
+            prefetch(at(problem_.q, pair_.b, query, head), sizes_.D);
+            prefetch(at(problem_.dout, pair_.b, query, head), sizes_.D);
+            if (pair_.same_place) prefetch(at(problem_.out, pair_.b, query, head), sizes_.D);
+            prefetch(at(sums_.dq, 0, query, next.head), sizes_.D);
+        }
+        pack_transposed<Arithmetic, BLOCK_ROWS>(q, vectors, sizes_.D, queries_);
+        pack_transposed<Arithmetic, BLOCK_ROWS>(dout, vectors, sizes_.D, douts_);
         pack_along_rows<Arithmetic>(q, vectors * LANES, sizes_.D, query_rows_, rows_step_);
         pack_along_rows<Arithmetic>(dout, vectors * LANES, sizes_.D, dout_rows_, rows_step_);
     }
 
+    void differentiate(const RowBlock<BLOCK_ROWS>& block, const Piece& piece) {
+        for (int v = piece.first_vector; v < piece.end_vector; v += TILE_VECTORS) {
+            with_constant<TILE_VECTORS>(std::min(piece.end_vector - v, TILE_VECTORS), [&](auto vectors) {
+                differentiate_columns<decltype(vectors)::value>(block, piece, v * LANES);
+            });
+        }
+        const int offset = piece.first_vector * LANES / Arithmetic::PACKED;
+        const int items = (piece.end_vector - piece.first_vector) * LANES / Arithmetic::PACKED;
+        add_key_products(weights_ + offset, dout_rows_ + offset * rows_step_, items, piece, dv_);
+        add_key_products(dlogits_ + offset, query_rows_ + offset * rows_step_, items, piece, dk_);
+    }
+
+    // Weights, gradients of logits and of queries for the rows from `offset` on.
     template <int VECTORS>
-    void differentiate(const RowBlock& block, const Piece& piece) {
+    void differentiate_columns(const RowBlock<BLOCK_ROWS>& block, const Piece& piece, int offset) {
         constexpr int PACKED = Arithmetic::PACKED;
-        const int offset = piece.first_vector * LANES;
         for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
             Floats weights[TILE_KEYS][VECTORS], dlogits[TILE_KEYS][VECTORS];
             multiply<Arithmetic>(key_items_ + key * items_step_, items_step_, 1, queries_ + offset, BLOCK_ROWS,
@@ -131,13 +156,13 @@ private:
                 transform(weights, [&](Floats x, int) { return tanh(x * logit_factor_); });
                 std::memcpy(tanhs_, weights, sizeof(weights));
             }
-            if (!piece.whole) hide(block, offset, key, -INFINITY, weights);
+            if (!block.all_see(offset, offset + VECTORS * LANES, key)) hide(block, offset, key, -INFINITY, weights);
             transform(weights, [&](Floats x, int v) {
                 const Floats lse = load(lse_ + offset + v * LANES);
                 return vanishing_exp2<Arithmetic::EXP2_DEGREE>(multiply_add(x, broadcast(factor), -lse));
             });
             const int64_t row = (key - piece.first) * ROW_ITEMS + offset / PACKED;
-            store_rows<Arithmetic>(weights_ + row, weights);
+            store_rows<Arithmetic, BLOCK_ROWS>(weights_ + row, weights);
 
             multiply<Arithmetic>(value_items_ + key * items_step_, items_step_, 1, douts_ + offset, BLOCK_ROWS,
                                  sizes_.D / PACKED, dlogits);
@@ -157,14 +182,11 @@ private:
                     }
                 }
             }
-            store_rows<Arithmetic>(dlogits_ + row, dlogits);
+            store_rows<Arithmetic, BLOCK_ROWS>(dlogits_ + row, dlogits);
             if constexpr (PACKED == 2)
-                store_items<Arithmetic>(dlogit_items_ + (key - piece.first) / PACKED * BLOCK_ROWS + offset, dlogits);
+                store_items<Arithmetic, BLOCK_ROWS>(dlogit_items_ + (key - piece.first) / PACKED * BLOCK_ROWS + offset, dlogits);
         }
 
-        const int rows = VECTORS * LANES;
-        add_key_products(weights_ + offset / PACKED, dout_rows_ + offset / PACKED * rows_step_, rows, piece, dv_);
-        add_key_products(dlogits_ + offset / PACKED, query_rows_ + offset / PACKED * rows_step_, rows, piece, dk_);
         const float* const keys = key_rows_ + piece.first / PACKED * rows_step_;
         for (int64_t d = 0; d < sizes_.D; d += TILE_KEYS) {
             Floats sums[TILE_KEYS][VECTORS];
@@ -174,18 +196,18 @@ private:
         }
     }
 
-    // to [keys of the piece][D] += tile' [keys][rows] times matrix [rows][D].
-    void add_key_products(const float* tile, const float* matrix, int rows, const Piece& piece, float* to) {
+    // to [keys of the piece][D] += weights [keys][items] times matrix [items][D].
+    void add_key_products(const float* weights, const float* matrix, int items, const Piece& piece, float* to) {
         const int64_t vectors = sizes_.D / LANES;
         for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
             for (int64_t v = 0; v < vectors;) {
                 // Three at a time fill the registers; a single one would leave them idle, so four are twice two.
                 const int64_t left = vectors - v;
-                const int now = left == 4 ? 2 : static_cast<int>(std::min<int64_t>(left, BLOCK_VECTORS));
-                with_constant<BLOCK_VECTORS>(now, [&](auto constant) {
+                const int now = left == 4 ? 2 : static_cast<int>(std::min<int64_t>(left, TILE_VECTORS));
+                with_constant<TILE_VECTORS>(now, [&](auto constant) {
                     Floats sums[TILE_KEYS][decltype(constant)::value];
-                    multiply<Arithmetic>(tile + (key - piece.first) * ROW_ITEMS, ROW_ITEMS, 1, matrix + v * LANES,
-                                         rows_step_, rows / Arithmetic::PACKED, sums);
+                    multiply<Arithmetic>(weights + (key - piece.first) * ROW_ITEMS, ROW_ITEMS, 1, matrix + v * LANES,
+                                         rows_step_, items, sums);
                     add_to(to + key * rows_step_ + v * LANES, rows_step_, sums);
                 });
                 v += now;
@@ -193,24 +215,40 @@ private:
         }
     }
 
+    // What was summed before plus x: rounded and returned when it is complete.
+    ALWAYS_INLINE void add_gradient(float* sum, Element* result, Floats x, bool complete) const {
+        if (!pair_.same_place) x += load(sum);
+        if (complete) {
+            store(result, x);
+        } else {
+            store(sum, x);
+        }
+    }
+
     void add_dq(int64_t row, int count) {
         float scales[BLOCK_ROWS];
-        float* to[BLOCK_ROWS];
+        float* sums[BLOCK_ROWS];
+        Element* results[BLOCK_ROWS];
+        bool complete[BLOCK_ROWS];
         std::fill_n(scales, BLOCK_ROWS, sizes_.scale);
         Row next = Row::of(pair_.first_query, row, R_);
-        for (int i = 0; i < count; ++i, next.next(R_)) to[i] = at(sums_.dq, 0, next.query, next.head);
-        unpack_transposed(dq_, scales, count, sizes_.D, [&](int i, int64_t d, Floats x) {
-            store(to[i] + d, pair_.same_place ? x : load(to[i] + d) + x);
+        for (int i = 0; i < count; ++i, next.next(R_)) {
+            sums[i] = at(sums_.dq, 0, next.query, next.head);
+            results[i] = at(problem_.dq, pair_.b, next.query, pair_.g * R_ + next.head);
+            complete[i] = seen_keys(sizes_, pair_.b, next.query).first >= pair_.complete_dq;
+        }
+        unpack_transposed<BLOCK_ROWS>(dq_, scales, count, sizes_.D, [&](int i, int64_t d, Floats x) {
+            add_gradient(sums[i] + d, results[i] + d, x, complete[i]);
         });
     }
 
-    void add_key_gradients(const float* from, const Tensor<float>& sums, float factor) {
-        for (int64_t key = 0; key < keys_; ++key) {
-            float* const to = at(sums, 0, pair_.first_key + key, 0);
-            for (int64_t d = 0; d < sizes_.D; d += LANES) {
-                const Floats x = load(from + key * rows_step_ + d) * factor;
-                store(to + d, pair_.same_place ? x : load(to + d) + x);
-            }
+    void add_key_gradients(const float* from, const Tensor<float>& sums, const Tensor<Element>& results, float factor) {
+        for (int64_t i = 0; i < keys_; ++i) {
+            const int64_t key = pair_.first_key + i;
+            float* const sum = at(sums, 0, key, 0);
+            Element* const result = at(results, pair_.b, key, pair_.g);
+            for (int64_t d = 0; d < sizes_.D; d += LANES)
+                add_gradient(sum + d, result + d, load(from + i * rows_step_ + d) * factor, key < pair_.complete_dk);
         }
     }
 

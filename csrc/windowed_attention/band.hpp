@@ -32,10 +32,11 @@ struct Row {
     }
 };
 
-// Keys of a panel [0, panel_keys) that a block of rows sees. Both ends rise with the row.
+// Keys of a panel [0, panel_keys) that a block of up to ROWS rows sees. Both ends rise with the row.
+template <int ROWS>
 struct RowBlock {
     int vectors;
-    alignas(64) int32_t first[BLOCK_ROWS], last[BLOCK_ROWS];
+    alignas(64) int32_t first[ROWS], last[ROWS];
 
     // Rows of the chunk that begins with query first_query; the panel begins with key first_key.
     RowBlock(const Sizes& sizes, int64_t b, int64_t first_query, int64_t first_row, int rows, int64_t first_key,
@@ -52,6 +53,11 @@ struct RowBlock {
         std::fill(first + rows, first + vectors * LANES, first[rows - 1]);
         std::fill(last + rows, last + vectors * LANES, last[rows - 1]);
     }
+
+    // Whether rows [from, end) see all the keys of the tile at `key`.
+    ALWAYS_INLINE bool all_see(int from, int end, int key) const {
+        return first[end - 1] <= key && key + TILE_KEYS - 1 <= last[from];
+    }
 };
 
 // Keys [first, end) against vectors [first_vector, end_vector) of a block's rows; end - first is a multiple of
@@ -62,8 +68,8 @@ struct Piece {
 };
 
 // `hidden` in place of the logits of keys from `key` on that the rows from `offset` on don't see.
-template <int VECTORS>
-ALWAYS_INLINE void hide(const RowBlock& block, int offset, int key, float hidden, Floats (&logits)[TILE_KEYS][VECTORS]) {
+template <int BLOCK_ROWS, int VECTORS>
+ALWAYS_INLINE void hide(const RowBlock<BLOCK_ROWS>& block, int offset, int key, float hidden, Floats (&logits)[TILE_KEYS][VECTORS]) {
     UNROLL
     for (int v = 0; v < VECTORS; ++v) {
         const Ints first = load(block.first + offset + v * LANES), last = load(block.last + offset + v * LANES);
@@ -78,10 +84,9 @@ ALWAYS_INLINE void hide(const RowBlock& block, int offset, int key, float hidden
 constexpr int PIECE_KEYS = 64;
 
 // The largest pieces of one kind, in order. Cells of TILE_KEYS keys and LANES rows that no row sees are in none.
-template <class Visit>
-ALWAYS_INLINE void for_each_piece(const RowBlock& block, Visit visit) {
-    const int rows = block.vectors * LANES;
-    const int end = block.last[rows - 1] + 1;
+template <int ROWS, class Visit>
+ALWAYS_INLINE void for_each_piece(const RowBlock<ROWS>& block, Visit visit) {
+    const int end = block.last[block.vectors * LANES - 1] + 1;
     int first_vector = 0, end_vector = 0;
     // Even, since keys are packed in pairs.
     int first = block.first[0] & ~1;
@@ -93,8 +98,7 @@ ALWAYS_INLINE void for_each_piece(const RowBlock& block, Visit visit) {
             while (piece.end_vector < block.vectors && block.first[piece.end_vector * LANES] < key + TILE_KEYS)
                 ++piece.end_vector;
             piece.whole = piece.first_vector < piece.end_vector &&
-                          block.first[piece.end_vector * LANES - 1] <= key &&
-                          block.last[piece.first_vector * LANES] >= key + TILE_KEYS - 1;
+                          block.all_see(piece.first_vector * LANES, piece.end_vector * LANES, key);
             return piece;
         };
         Piece piece = kind_at(first);

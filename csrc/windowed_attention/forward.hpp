@@ -29,6 +29,9 @@ constexpr float STALE_BY = 6.0f;
 
 template <class Arithmetic, class Element>
 class ForwardTask {
+    // Rows computed together: as many as a register tile has columns.
+    static constexpr int BLOCK_ROWS = TILE_VECTORS * LANES;
+
 public:
     ForwardTask(const Forward<Element>& problem, int64_t b, int64_t g, int64_t first_query, int64_t end_query)
         : problem_(problem), sizes_(problem.sizes), b_(b), g_(g), R_(sizes_.H / sizes_.G), first_query_(first_query),
@@ -65,7 +68,7 @@ public:
                 rounded_totals_ = totals_ + (Arithmetic::PACKED - 1) * BLOCK_ROWS;
                 minus_maxima_ = rounded_totals_ + BLOCK_ROWS;
                 const int rows = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows_ - row));
-                const RowBlock block(sizes_, b_, first_query_, row, rows, first, count);
+                const RowBlock<BLOCK_ROWS> block(sizes_, b_, first_query_, row, rows, first, count);
                 const bool sees_keys = block.first[0] <= block.last[block.vectors * LANES - 1];
                 if (sees_keys || first == first_key_) pack_queries(row, rows);
                 const bool harmless = logits_are_harmless(block.vectors);
@@ -74,7 +77,7 @@ public:
                     const bool no_maxima = harmless && std::all_of(minus_maxima_, minus_maxima_ + BLOCK_ROWS,
                                                                    [](float x) { return x == 0.0f; });
                     for_each_piece(block, [&](const Piece& piece) {
-                        with_constant<BLOCK_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
+                        with_constant<TILE_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
                             if (no_maxima) {
                                 attend<decltype(vectors)::value, true>(block, piece);
                             } else {
@@ -118,7 +121,11 @@ private:
         std::fill_n(pointers, BLOCK_ROWS, reinterpret_cast<const Element*>(zero_row));
         Row next = Row::of(first_query_, row, R_);
         for (int i = 0; i < rows; ++i, next.next(R_)) pointers[i] = at(problem_.q, b_, next.query, g_ * R_ + next.head);
-        pack_transposed<Arithmetic>(pointers, (rows + LANES - 1) / LANES, sizes_.D, queries_);
+        pack_transposed<Arithmetic, BLOCK_ROWS>(pointers, (rows + LANES - 1) / LANES, sizes_.D, queries_);
+        // What is read and written next comes from memory while this block is computed.
+        for (int i = 0; i < rows; ++i, next.next(R_)) {
+            if (row + BLOCK_ROWS + i < rows_) prefetch(at(problem_.q, b_, next.query, g_ * R_ + next.head), sizes_.D);
+        }
     }
 
     // By the inequality of Cauchy and Schwarz: |q k| <= |q| |k|.
@@ -154,7 +161,7 @@ private:
     }
 
     template <int VECTORS, bool HARMLESS_LOGITS>
-    void attend(const RowBlock& block, const Piece& piece) {
+    void attend(const RowBlock<BLOCK_ROWS>& block, const Piece& piece) {
         constexpr int PACKED = Arithmetic::PACKED;
         const int offset = piece.first_vector * LANES;
         const float factor = capped_ ? sizes_.softcap * LOG2_E : logit_factor_;
@@ -184,7 +191,7 @@ private:
             }
             transform(logits, [&](Floats x, int) { return exp2<Arithmetic::EXP2_DEGREE>(x); });
             float* const to = weights_ + (key - first) / PACKED * BLOCK_ROWS + offset;
-            store_items<Arithmetic>(to, logits);
+            store_items<Arithmetic, BLOCK_ROWS>(to, logits);
             UNROLL
             for (int v = 0; v < VECTORS; ++v) {
                 Floats total{}, rounded{};
@@ -257,7 +264,7 @@ private:
             problem_.lse[(b_ * sizes_.S + next.query) * sizes_.H + head] =
                 static_cast<float>(std::log(totals_[i]) - minus_maxima_[i] * LN_2);
         }
-        unpack_transposed(sums_, inverse, rows, sizes_.D, [&](int i, int64_t d, Floats x) { store(out[i] + d, x); });
+        unpack_transposed<BLOCK_ROWS>(sums_, inverse, rows, sizes_.D, [&](int i, int64_t d, Floats x) { store(out[i] + d, x); });
     }
 
     const Forward<Element>& problem_;

@@ -52,16 +52,18 @@ void backward_heads(const Backward<Element>& problem, const Threads& threads, in
         const int64_t first_chunk = std::max<int64_t>(0, distance - earlier_chunks);
         for_each_task(heads * (query_chunks - first_chunk), threads, [&](int64_t task) {
             const int64_t head = first_head + task % heads, chunk = first_chunk + task / heads;
-            ChunkPair pair{head / sizes.G, head % sizes.G, chunk * CHUNK_QUERIES, 0, 0, 0, distance == 0};
-            pair.end_query = std::min(pair.first_query + CHUNK_QUERIES, sizes.S);
-            const int64_t key_chunk_start = offset + (chunk - distance) * CHUNK_QUERIES;
-            pair.end_key = std::min(key_chunk_start + CHUNK_QUERIES, sizes.T);
-            pair.first_key = std::max({key_chunk_start, int64_t{0}, seen_keys(sizes, pair.b, pair.first_query).first});
+            const int64_t b = head / sizes.G, first_query = chunk * CHUNK_QUERIES;
+            int64_t end_query = std::min(first_query + CHUNK_QUERIES, sizes.S);
+            const int64_t key_chunk = offset + (chunk - distance) * CHUNK_QUERIES;
+            const int64_t reach = std::max({key_chunk, int64_t{0}, offset + first_query - sizes.window + 1});
+            const int64_t end_key = std::min(key_chunk + CHUNK_QUERIES, sizes.T);
+            // The last query to see a key is the one a window later.
+            const int64_t complete_dk = end_query == sizes.S ? sizes.T : offset + end_query - sizes.window + 1;
             // Later queries see no earlier keys.
-            while (pair.end_query > pair.first_query &&
-                   seen_keys(sizes, pair.b, pair.end_query - 1).first >= pair.end_key)
-                --pair.end_query;
-            if (pair.first_key >= pair.end_key || pair.first_query >= pair.end_query) return;
+            while (end_query > first_query && seen_keys(sizes, b, end_query - 1).first >= end_key) --end_query;
+            const ChunkPair pair{b, head % sizes.G, first_query, end_query, reach, end_key, distance == 0,
+                                 key_chunk, complete_dk};
+            if (pair.first_key >= pair.end_key) return;
             using Task = BackwardTask<Arithmetic, Element>;
             Workspace workspace{thread_workspace(Task::workspace_floats(sizes))};
             Task(problem, sums_of(head), pair).run(workspace);
@@ -81,32 +83,32 @@ void backward_sinks(const Backward<Element>& problem, const Threads& threads) {
     });
 }
 
-inline Tensor<float> head_of(const Tensor<float>& x, int64_t b, int64_t head) {
-    return {at(x, b, 0, head), x.strides};
+// Gradients of keys before the first query's own, which nobody may see.
+template <class Element>
+void clear_earlier_keys(const Sizes& sizes, const Tensor<Element>& dk, const Tensor<Element>& dv, int64_t b, int64_t g) {
+    for (int64_t key = 0; key < sizes.T - sizes.S; ++key) {
+        std::fill_n(at(dk, b, key, g), sizes.D, Element{});
+        std::fill_n(at(dv, b, key, g), sizes.D, Element{});
+    }
 }
 
-// Float32 gradients are summed where they are returned.
 template <class Arithmetic>
 void backward(const Backward<float>& problem, const Threads& threads) {
     const Sizes& sizes = problem.sizes;
     const int64_t heads = sizes.B * sizes.G, R = sizes.H / sizes.G;
+    const auto from = [](const Tensor<float>& x, int64_t b, int64_t h) { return Tensor<float>{at(x, b, 0, h), x.strides}; };
     const auto sums_of = [&](int64_t head) {
         const int64_t b = head / sizes.G, g = head % sizes.G;
-        return HeadSums{head_of(problem.dq, b, g * R), head_of(problem.dk, b, g), head_of(problem.dv, b, g)};
+        return HeadSums{from(problem.dq, b, g * R), from(problem.dk, b, g), from(problem.dv, b, g)};
     };
     for_each_task(heads, threads, [&](int64_t head) {
-        // Keys before the first query's own may be seen by nobody.
-        const HeadSums sums = sums_of(head);
-        for (int64_t key = 0; key < sizes.T - sizes.S; ++key) {
-            std::fill_n(at(sums.dk, 0, key, 0), sizes.D, 0.0f);
-            std::fill_n(at(sums.dv, 0, key, 0), sizes.D, 0.0f);
-        }
+        clear_earlier_keys(sizes, problem.dk, problem.dv, head / sizes.G, head % sizes.G);
     });
     backward_heads<Arithmetic>(problem, threads, 0, heads, sums_of);
     backward_sinks(problem, threads);
 }
 
-// Those of bf16 are summed aside, for as few heads at a time as keep the threads busy, and rounded once.
+// Gradients of bf16 are summed aside, for as few heads at a time as keep the threads busy.
 template <class Arithmetic>
 void backward(const Backward<Bf16>& problem, const Threads& threads) {
     const Sizes& sizes = problem.sizes;
@@ -118,32 +120,16 @@ void backward(const Backward<Bf16>& problem, const Threads& threads) {
     for (int64_t first = 0; first < heads; first += at_once) {
         const int64_t count = std::min(at_once, heads - first);
         const auto sums_of = [&](int64_t head) {
-            float* const start = memory.get() + (head - first) * (dq_floats + 2 * dk_floats);
-            return HeadSums{{start, {0, R * D, D}}, {start + dq_floats, {0, D, D}},
-                            {start + dq_floats + dk_floats, {0, D, D}}};
+            float* const dq = memory.get() + (head - first) * (dq_floats + 2 * dk_floats);
+            float* const dk = dq + dq_floats;
+            return HeadSums{{dq, {0, R * D, D}}, {dk, {0, D, D}}, {dk + dk_floats, {0, D, D}}};
         };
         for_each_task(count, threads, [&](int64_t i) {
             const HeadSums sums = sums_of(first + i);
-            std::fill_n(sums.dk.data, (sizes.T - sizes.S) * D, 0.0f);
-            std::fill_n(sums.dv.data, (sizes.T - sizes.S) * D, 0.0f);
+            clear_earlier_keys(sizes, sums.dk, sums.dv, 0, 0);
+            clear_earlier_keys(sizes, problem.dk, problem.dv, (first + i) / sizes.G, (first + i) % sizes.G);
         });
         backward_heads<Arithmetic>(problem, threads, first, count, sums_of);
-        const auto round = [&](const Tensor<float>& from, const Tensor<Bf16>& to, int64_t b, int64_t from_head,
-                               int64_t to_head, int64_t first_position, int64_t end_position) {
-            for (int64_t i = first_position; i < end_position; ++i)
-                for (int64_t d = 0; d < D; d += LANES)
-                    store(at(to, b, i, to_head) + d, load(at(from, 0, i, from_head) + d));
-        };
-        constexpr int64_t POSITIONS = 1024;
-        const int64_t parts = (sizes.T + POSITIONS - 1) / POSITIONS;
-        for_each_task(count * parts, threads, [&](int64_t task) {
-            const int64_t head = first + task / parts, b = head / sizes.G, g = head % sizes.G;
-            const int64_t start = task % parts * POSITIONS, end = start + POSITIONS;
-            const HeadSums sums = sums_of(head);
-            round(sums.dk, problem.dk, b, 0, g, start, std::min(end, sizes.T));
-            round(sums.dv, problem.dv, b, 0, g, start, std::min(end, sizes.T));
-            for (int64_t r = 0; r < R; ++r) round(sums.dq, problem.dq, b, r, g * R + r, start, std::min(end, sizes.S));
-        });
     }
     backward_sinks(problem, threads);
 }

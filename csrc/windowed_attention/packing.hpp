@@ -34,14 +34,20 @@ ALWAYS_INLINE float dot(const Element* a, const Element* b, int64_t D) {
     return sum_of_lanes(sums);
 }
 
-// Rows that will be read soon, where they lie too far apart for the processor to guess. Reaching beyond them is harmless.
+// Rows that are needed soon: they lie too far apart for the processor to guess. Reaching beyond a tensor is harmless.
 template <class Element>
-ALWAYS_INLINE void prefetch(const EvenRows<Element>& rows, int64_t i, int64_t D) {
-    constexpr int64_t AHEAD = 8, CACHE_LINE = 64 / sizeof(Element);
-    for (int64_t d = 0; d < D; d += CACHE_LINE) __builtin_prefetch(rows.first + (i + AHEAD) * rows.step + d);
+ALWAYS_INLINE void prefetch(const Element* row, int64_t D) {
+    constexpr int64_t CACHE_LINE = 64 / sizeof(Element);
+    for (int64_t d = 0; d < D; d += CACHE_LINE) __builtin_prefetch(row + d);
 }
 
-// Rows of a block: they were read not long ago.
+template <class Element>
+ALWAYS_INLINE void prefetch(const EvenRows<Element>& rows, int64_t i, int64_t D) {
+    constexpr int64_t AHEAD = 32;
+    prefetch(rows[i + AHEAD], D);
+}
+
+// Rows of a block, which were asked for while the block before was computed.
 template <class Element>
 ALWAYS_INLINE void prefetch(const Element* const*, int64_t, int64_t) {}
 
@@ -91,7 +97,7 @@ ALWAYS_INLINE Floats item_of(const Floats (&tile)[TILE_KEYS][VECTORS], int row, 
 }
 
 // A tile as items along its rows: [TILE_KEYS / PACKED][BLOCK_ROWS].
-template <class Arithmetic, int VECTORS>
+template <class Arithmetic, int BLOCK_ROWS, int VECTORS>
 ALWAYS_INLINE void store_items(float* to, const Floats (&tile)[TILE_KEYS][VECTORS]) {
     UNROLL
     for (int j = 0; j < TILE_KEYS; j += Arithmetic::PACKED) {
@@ -102,10 +108,10 @@ ALWAYS_INLINE void store_items(float* to, const Floats (&tile)[TILE_KEYS][VECTOR
 }
 
 // The same as items along its columns: [TILE_KEYS][BLOCK_ROWS / PACKED].
-template <class Arithmetic, int VECTORS>
+template <class Arithmetic, int BLOCK_ROWS, int VECTORS>
 ALWAYS_INLINE void store_rows(float* to, const Floats (&tile)[TILE_KEYS][VECTORS]) {
     if constexpr (Arithmetic::PACKED == 1) {
-        store_items<Arithmetic>(to, tile);
+        store_items<Arithmetic, BLOCK_ROWS>(to, tile);
     } else {
         constexpr int STEP = BLOCK_ROWS / Arithmetic::PACKED;
         UNROLL
@@ -122,7 +128,7 @@ ALWAYS_INLINE void store_rows(float* to, const Floats (&tile)[TILE_KEYS][VECTORS
 }
 
 // Rows as columns, items along D: [D / PACKED][BLOCK_ROWS], for `vectors` * LANES rows.
-template <class Arithmetic, class Element>
+template <class Arithmetic, int BLOCK_ROWS, class Element>
 void pack_transposed(Element* const* rows, int vectors, int64_t D, float* to) {
     const int64_t items = D / Arithmetic::PACKED;
     for (int v = 0; v < vectors; ++v) {
@@ -147,7 +153,7 @@ void pack_transposed(Element* const* rows, int vectors, int64_t D, float* to) {
 
 // The way back: columns [D][BLOCK_ROWS] times a factor for each of them, as rows. put(row, d, vector) takes the parts
 // of rows [0, count).
-template <class Put>
+template <int BLOCK_ROWS, class Put>
 ALWAYS_INLINE void unpack_transposed(const float* from, const float* factors, int count, int64_t D, Put put) {
     for (int first = 0; first < count; first += LANES) {
         const Floats factor = load(factors + first);

@@ -10,16 +10,15 @@ namespace windowed_attention::ISA {
 
 #if defined(ISA_AVX512)
 constexpr int LANES = 16;
-// Register tiles are TILE_KEYS rows of BLOCK_VECTORS vectors: 24 of 32 registers hold sums.
-constexpr int TILE_KEYS = 8, BLOCK_VECTORS = 3;
+// Register tiles are TILE_KEYS rows of up to TILE_VECTORS vectors: 24 of 32 registers hold sums.
+constexpr int TILE_KEYS = 8, TILE_VECTORS = 3;
 #elif defined(ISA_AVX2)
 constexpr int LANES = 8;
-constexpr int TILE_KEYS = 4, BLOCK_VECTORS = 3;  // 12 of 16 registers
+constexpr int TILE_KEYS = 4, TILE_VECTORS = 3;  // 12 of 16 registers
 #else
 constexpr int LANES = 4;
-constexpr int TILE_KEYS = 4, BLOCK_VECTORS = 2;
+constexpr int TILE_KEYS = 4, TILE_VECTORS = 2;
 #endif
-constexpr int BLOCK_ROWS = LANES * BLOCK_VECTORS;
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 // Arrays of vectors are registers only where every index is a constant.
