@@ -177,7 +177,10 @@ class TrainConfig(Section):
     """Activation recomputation in backward: selective repeats element-wise work only (the SwiGLU
     product), full repeats each block."""
     attention_backend: str = "auto"
-    """Attention kernels: auto, or a name from megazebra/attention (reference, blocked, flash, flex)."""
+    """Attention kernels: auto, or a name from megazebra/attention (simd, blocked, flash, flex, triton, reference)."""
+    compile: bool = False
+    """Fuse RMSNorm, RoPE and SwiGLU's product with torch.compile: on a CPU they take about half the time then, after
+    seconds of compiling at the first step. Needs a C++ compiler on CPUs, Triton on GPUs (not yet tried there)."""
     loss_chunk: Count = 1024
     """Tokens per chunk of the output layer and cross-entropy; the chunk's logits are all that exist of them."""
     guard: GuardConfig = GuardConfig()

@@ -9,7 +9,8 @@ from megazebra.attention.backend import resolve_backend
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import Config
 from megazebra.data.batch import MicroBatch
-from megazebra.models.runtime import ModelRuntime
+from megazebra.models import elementwise
+from megazebra.models.runtime import Elementwise, ModelRuntime
 from megazebra.models.zebra import ZebraModel
 from megazebra.parallel.mesh import ParallelMesh
 
@@ -17,8 +18,14 @@ from megazebra.parallel.mesh import ParallelMesh
 def model_runtime(config: Config, device: torch.device) -> ModelRuntime:
     """Attention kernels resolved for every layer, and the other run-time choices.
 
-    Raises ValueError when the attention backend asked for cannot serve this model here.
+    Raises ValueError when the attention backend asked for cannot serve this model here, or torch.compile fails.
     """
+    functions: Elementwise = elementwise
+    if config.train.compile:
+        from megazebra.models import fused  # brings torch's compiler, which takes seconds
+
+        fused.check_compiler(device)
+        functions = fused
     return ModelRuntime(
         backend=resolve_backend(
             config.train.attention_backend,
@@ -27,6 +34,7 @@ def model_runtime(config: Config, device: torch.device) -> ModelRuntime:
             dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
             device=device,
         ),
+        elementwise=functions,
         sequence_parallel=config.parallel.sequence_parallel and config.parallel.tensor > 1,
         recompute=config.train.recompute,
         loss_chunk=config.train.loss_chunk,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,15 +33,16 @@ class RMSNorm(nn.Module):
     sum_gradient_over: the group whose ranks apply this weight to different parts of the work.
     """
 
-    def __init__(self, size: int, eps: float, sum_gradient_over: Group | None = None) -> None:
+    def __init__(self, size: int, eps: float, runtime: ModelRuntime, sum_gradient_over: Group | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.runtime = runtime
         self.group = sum_gradient_over
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.group is None else reduce_gradient(self.weight, self.group, "norm")
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return self.runtime.elementwise.rms_norm(x, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -77,8 +77,8 @@ class Attention(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:  # one weight for all heads, of which a rank has some
-            self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps, sum_gradient_over=mesh.tp)
-            self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, sum_gradient_over=mesh.tp)
+            self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps, runtime, sum_gradient_over=mesh.tp)
+            self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, runtime, sum_gradient_over=mesh.tp)
         self.sinks: nn.Parameter | None = None
         if spec.sinks:
             self.sinks = nn.Parameter(torch.zeros(heads))
@@ -93,8 +93,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
         out_BSHD = self.attend(
-            apply_rope(q_BSHD, rope),
-            apply_rope(k_BSGD, rope),
+            apply_rope(q_BSHD, rope, self.runtime.elementwise.rotate),
+            apply_rope(k_BSGD, rope, self.runtime.elementwise.rotate),
             v_BSGD,
             spec=self.spec,
             packing=packing,
@@ -132,7 +132,7 @@ class SwiGLU(nn.Module):
     def _down(self, gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
         # Recomputed selectively, this stops at the product: backward needs the projection's input, not
         # its output, so neither the matrix product nor the collective after it runs a second time.
-        return self.down_proj(F.silu(gate_BSF) * up_BSF)
+        return self.down_proj(self.runtime.elementwise.swiglu(gate_BSF, up_BSF))
 
 
 class Block(nn.Module):
@@ -143,9 +143,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         shared = mesh.tp if runtime.sequence_parallel else None
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, shared)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
         self.self_attn = Attention(config, spec, mesh, runtime, f"{name}.self_attn")
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, shared)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
         self.mlp = SwiGLU(config, mesh, runtime, f"{name}.mlp")
 
     def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megazebra.config.schema import RopeConfig
+from megazebra.models.elementwise import rotate
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, seq_len: int) -> tuple[Tensor, float]:
@@ -87,30 +87,12 @@ def cos_sin(rope: RopeConfig, head_dim: int, positions_BS: Tensor, seq_len: int)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotation in float32, rounded once; backward is the rotation back, so no activation is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x_BSHD, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x_BSHD.chunk(2, dim=-1)
-    out = torch.empty_like(x_BSHD)
-    half = x_BSHD.shape[-1] // 2
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
-    return out
+def apply_rope(x_BSHD: Tensor, cos_sin: tuple[Tensor, Tensor] | None, rotate: Rotate = rotate) -> Tensor:
+    """Queries or keys [B, S, H, D] rotated by `cos_sin`, in their own dtype; None (NoPE) leaves them.
 
-
-def apply_rope(x_BSHD: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries or keys [B, S, H, D] rotated by `cos_sin`, in their own dtype; None (NoPE) leaves them."""
-    return x_BSHD if cos_sin is None else _Rotate.apply(x_BSHD, *cos_sin)
+    rotate: the function that does it, as `elementwise.rotate`.
+    """
+    return x_BSHD if cos_sin is None else rotate(x_BSHD, *cos_sin)

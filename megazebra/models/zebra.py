@@ -37,7 +37,8 @@ class ZebraDecoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, spec, mesh, runtime, f"layers.{i}") for i, spec in enumerate(self.specs)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, mesh.tp if runtime.sequence_parallel else None)
+        shared = mesh.tp if runtime.sequence_parallel else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None) -> Tensor:
         # Layers that share a RopeConfig share one table: two of them at most, unless the pattern names more.

@@ -23,37 +23,36 @@ from megazebra.parallel.sharding import mark_sharded
 
 
 class _Chunk:
-    """Log-probabilities of one chunk's labels, and what its gradient needs."""
+    """Losses of one chunk's labels, and what their gradient needs."""
 
     def __init__(self, hidden_CE: Tensor, weight_VE: Tensor, labels_C: Tensor, head: VocabParallelHead) -> None:
         compute = torch.promote_types(hidden_CE.dtype, torch.float32)
         logits_CV = (hidden_CE @ weight_VE.T).to(compute)
-        self.softcap = head.softcap
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        self.tanh_CV: Tensor | None = None
+        if head.softcap is not None:
+            self.tanh_CV = logits_CV.div_(head.softcap).tanh_()
+            logits_CV = head.softcap * self.tanh_CV
         if head.padding:
             logits_CV[:, weight_VE.shape[0] - head.padding :] = -torch.inf
-        self.logits_CV = logits_CV
         self.valid_C = labels_C != IGNORE_INDEX
         local_C = labels_C - head.first_token
         self.here_C = self.valid_C & (local_C >= 0) & (local_C < weight_VE.shape[0])
         self.target_C = local_C.masked_fill(~self.here_C, 0)
-        maximum_C = all_reduce(logits_CV.amax(dim=-1), head.tp, maximum=True, label="loss")
-        sum_exp_C = torch.exp(logits_CV - maximum_C[:, None]).sum(dim=-1)
         target_logit_C = logits_CV.gather(1, self.target_C[:, None])[:, 0].masked_fill(~self.here_C, 0)
-        sum_exp_C, target_logit_C = all_reduce(torch.stack([sum_exp_C, target_logit_C]), head.tp, label="loss")
-        self.log_normalizer_C = maximum_C + sum_exp_C.log()
-        self.loss_C = (self.log_normalizer_C - target_logit_C).masked_fill(~self.valid_C, 0)
+        maximum_C = all_reduce(logits_CV.amax(dim=-1), head.tp, maximum=True, label="loss")
+        # In place: besides the soft-cap's, there is one matrix of this size.
+        self.exp_CV = logits_CV.sub_(maximum_C[:, None]).exp_()
+        sums_2C = torch.stack([self.exp_CV.sum(dim=-1), target_logit_C])
+        self.sum_exp_C, target_logit_C = all_reduce(sums_2C, head.tp, label="loss")
+        self.loss_C = (maximum_C + self.sum_exp_C.log() - target_logit_C).masked_fill(~self.valid_C, 0)
 
-    def logit_gradient(self) -> Tensor:
-        """d(sum of losses)/d(logits before the soft-cap): softmax minus one-hot, [C, V]."""
-        grad_CV = torch.exp(self.logits_CV - self.log_normalizer_C[:, None])
+    def take_logit_gradient(self) -> Tensor:
+        """d(sum of losses)/d(logits before the soft-cap): softmax minus one-hot, [C, V]. Ends the chunk."""
+        grad_CV = self.exp_CV.mul_((self.valid_C / self.sum_exp_C)[:, None])
         rows = torch.arange(grad_CV.shape[0], device=grad_CV.device)
         grad_CV[rows, self.target_C] -= self.here_C.to(grad_CV.dtype)
-        grad_CV *= self.valid_C[:, None]
-        if self.softcap is not None:
-            slope_CV = 1 - (self.logits_CV / self.softcap) ** 2
-            grad_CV = torch.where(grad_CV == 0, grad_CV, grad_CV * slope_CV)  # padding: 0 * inf
+        if self.tanh_CV is not None:
+            grad_CV.mul_(self.tanh_CV.square_().neg_().add_(1))
         return grad_CV
 
 
@@ -70,7 +69,7 @@ class _SummedLoss(torch.autograd.Function):
             total += chunk.loss_C.sum()
             if grad_hidden_NE is None and grad_weight_VE is None:
                 continue
-            grad_CV = chunk.logit_gradient().to(hidden_NE.dtype)
+            grad_CV = chunk.take_logit_gradient().to(hidden_NE.dtype)
             del chunk
             if grad_hidden_NE is not None:
                 torch.mm(grad_CV, weight_VE, out=grad_hidden_NE[rows])

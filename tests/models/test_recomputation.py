@@ -102,11 +102,11 @@ def test_memory_kept_for_backward() -> None:
     none, selective, full = (_kept_bytes(mode) for mode in MODES)
     assert none > selective > full
     tokens, width, layers = BATCH * LENGTH, CONFIG.ffn_hidden_size, CONFIG.num_layers
-    # Selective keeps gate and up, and forms silu(gate) and the product again.
-    assert none - selective == layers * 2 * tokens * width * 4
-    # Full keeps the input of each block, what the final norm needs (input, normalized, their scale; a fused kernel
-    # needs less), and the loss's two gradients.
+    # Selective keeps gate and up, and forms their product again.
+    assert none - selective == layers * tokens * width * 4
+    # Full keeps the input of each block, what the final norm needs (its input, one scale a token), and the loss's
+    # two gradients.
     inputs = layers * tokens * CONFIG.hidden_size * 4
-    norm = (2 * CONFIG.hidden_size + 1) * tokens * 4
+    norm = (CONFIG.hidden_size + 1) * tokens * 4
     loss = (tokens + CONFIG.vocab_size) * CONFIG.hidden_size * 4
     assert full <= inputs + norm + loss
