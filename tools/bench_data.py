@@ -12,12 +12,9 @@ CPU seconds, median over rounds; a ratio says how many times less ours takes. Wh
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
+from bench.measure import Row, command_line, interleaved, report
 from numpy.typing import NDArray
 
 from megazebra.data.corpus.corpus_writer import CorpusWriter
@@ -42,11 +40,9 @@ from megazebra.data.prepare.preprocess import preprocess
 from megazebra.data.samples import ChunkedSamples
 
 SEED, EOD, VOCAB = 1234, 0, 32_000
-Results = dict[str, float]
 
 
-def bench_index(quick: bool) -> Iterator[tuple[str, float, str]]:
-    """Yields key, number and what it means."""
+def bench_index(quick: bool) -> Iterator[Row]:
     lengths = document_lengths(2_000_000 if quick else 20_000_000)
     seq_len = 4096
     samples = (int(lengths.sum(dtype=np.int64)) - 1) // seq_len
@@ -73,7 +69,7 @@ def bench_index(quick: bool) -> Iterator[tuple[str, float, str]]:
         yield "index_default_vs_megatron", seconds["megatron"] / seconds["default"], "Megatron / our default order"
 
 
-def bench_sample(quick: bool) -> Iterator[tuple[str, float, str]]:
+def bench_sample(quick: bool) -> Iterator[Row]:
     megatron = _import("megatron.core.datasets.gpt_dataset")
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "corpus"
@@ -94,7 +90,7 @@ def bench_sample(quick: bool) -> Iterator[tuple[str, float, str]]:
                 yield f"sample_{name}_vs_megatron", seconds["megatron"] / seconds["ours"], "Megatron / ours"
 
 
-def bench_pack(quick: bool) -> Iterator[tuple[str, float, str]]:
+def bench_pack(quick: bool) -> Iterator[Row]:
     capacity = 32_768
     lengths = document_lengths(20_000 if quick else 200_000).clip(max=capacity).astype(np.int64)
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: pack_best_fit(lengths, capacity)}
@@ -112,7 +108,7 @@ def bench_pack(quick: bool) -> Iterator[tuple[str, float, str]]:
         yield "pack_vs_python", seconds["olmo"] / seconds["ours"], f"OLMo-core / ours, both {bins:,} sequences"
 
 
-def bench_encode(quick: bool) -> Iterator[tuple[str, float, str]]:
+def bench_encode(quick: bool) -> Iterator[Row]:
     """The Python standard library's sources, repeated, with a byte-level BPE of 32,000 tokens; one core."""
     with tempfile.TemporaryDirectory() as folder:
         texts = [Path(file.path).read_bytes().decode(errors="replace") for file in gather_files(["stdlib"])]
@@ -158,18 +154,6 @@ def write_corpus(prefix: Path, tokens: int) -> None:
             ends = np.cumsum(document_lengths(4_000))
             ids[ends[ends < len(ids)] - 1] = EOD
             writer.add_documents(np.split(ids, ends[ends < len(ids)]))
-
-
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of every side, run in turns after one run of each to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            started = time.process_time()
-            run()
-            if turn:
-                seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _draw(samples: Any, indices: list[int]) -> None:
@@ -240,20 +224,9 @@ BENCHES = {"index": bench_index, "sample": bench_sample, "pack": bench_pack, "en
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(BENCHES), action="append", help="one of the benches; repeatable")
-    parser.add_argument("--quick", action="store_true", help="smaller inputs, fewer rounds")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as one flat object")
-    parsed = parser.parse_args(arguments)
+    parsed = command_line(__doc__, BENCHES).parse_args(arguments)
     print(f"index builder: {builder.describe()}")
-    results: Results = {}
-    for name in parsed.only or BENCHES:
-        print(f"\n{name}")
-        for key, number, meaning in BENCHES[name](parsed.quick):
-            results[key] = float(number)
-            print(f"  {key:28} {number:14,.4g}  {meaning}", flush=True)
-    if parsed.json:
-        Path(parsed.json).write_text(json.dumps(results, indent=1) + "\n")
+    report({name: partial(bench, parsed.quick) for name, bench in BENCHES.items()}, parsed.only, parsed.json)
     return 0
 
 

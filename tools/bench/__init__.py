@@ -1,0 +1,1 @@
+"""What the tools/bench_*.py are made of."""
