@@ -41,6 +41,14 @@ LIBRARIES = (
     Library("FlashAttention-3", "flash_attn_interface", (9,), -1),
     Library("FlashAttention-2", "flash_attn", (8, 9, 10, 12), -1),
 )
+# Some versions take an option in forward and leave it out in backward without a word, and FlashAttention-4 computed
+# another function than a softcap until it had the gradient. What shows that a version has it: module, function, and
+# the function's parameter.
+GRADIENT_SHOWN_BY: dict[tuple[str, str], tuple[str, str, str | None]] = {
+    ("flash_attn.cute", "learnable_sink"): ("flash_attn.cute.interface", "_flash_attn_bwd", "learnable_sink"),
+    ("flash_attn.cute", "softcap"): ("flash_attn.cute.utils", "create_softcap_scoremod_bwd", None),
+    ("flash_attn", "softcap"): ("flash_attn.flash_attn_interface", "_flash_attn_backward", "softcap"),
+}
 NEEDED_ARGUMENTS = ("softmax_scale", "causal", "window_size")
 
 
@@ -49,7 +57,7 @@ class Kernels:
     dense: Callable[..., Any]
     varlen: Callable[..., Any]
     arguments: frozenset[str]  # optional features both of them have
-    sinks_have_gradient: bool
+    differentiable: frozenset[str]  # those of them that backward takes into account
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -158,10 +166,12 @@ def _choose(spec: AttentionSpec, head_dim: int, dtype: torch.dtype, major: int) 
 def _refusal(library: Library, kernels: Kernels, spec: AttentionSpec, head_dim: int, major: int) -> str | None:
     if spec.sinks and "learnable_sink" not in kernels.arguments:
         return f"{library.name} has no attention sinks"
-    if spec.sinks and not kernels.sinks_have_gradient:
+    if spec.sinks and "learnable_sink" not in kernels.differentiable:
         return f"this {library.name} has no gradient for attention sinks"
     if spec.softcap is not None and "softcap" not in kernels.arguments:
         return f"this {library.name} is too old for a softcap"
+    if spec.softcap is not None and "softcap" not in kernels.differentiable:
+        return f"this {library.name} has no gradient for a softcap"
     if library.module == "flash_attn.cute" and major >= 10 and head_dim > 128:
         if head_dim != 256:
             return f"{library.name} on Blackwell has head_dim up to 128, or 256, got {head_dim}"
@@ -185,16 +195,18 @@ def _load(library: Library) -> Kernels | str:
     missing = [name for name in NEEDED_ARGUMENTS if name not in arguments]
     if missing:
         return f"{library.name} is too old (no argument {', '.join(missing)})"
-    return Kernels(dense, varlen, arguments, "learnable_sink" in arguments and _sinks_have_gradient(library))
+    return Kernels(dense, varlen, arguments, frozenset(name for name in arguments if _has_gradient(library, name)))
 
 
-def _sinks_have_gradient(library: Library) -> bool:
-    """The first versions of FlashAttention-4 took sinks and silently gave them no gradient.
-
-    Theirs is there since the backward function takes them.
-    """
+def _has_gradient(library: Library, argument: str) -> bool:
+    """Whether backward takes an argument into account that forward has."""
+    if (library.module, argument) not in GRADIENT_SHOWN_BY:
+        return True
+    module, function, parameter = GRADIENT_SHOWN_BY[library.module, argument]
     try:
-        interface = importlib.import_module(f"{library.module}.interface")
-        return "learnable_sink" in inspect.signature(interface._flash_attn_bwd).parameters
+        parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     except (ImportError, AttributeError):
         return False
+    # A later FlashAttention-2 hides its signature in a registered operator.
+    hidden = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return parameter is None or hidden or parameter in parameters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent.parent / "attention"
 # The modules of that folder that are no backend.
-_HELPERS = {"__init__", "backend", "inputs", "packing"}
+_HELPERS = {"__init__", "backend", "inputs", "packing", "triton_blocks", "triton_kernels"}
 
 
 def attention_backend_names() -> tuple[str, ...]:

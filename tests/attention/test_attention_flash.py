@@ -39,7 +39,9 @@ def dense(q, k, v, scale, causal, window_size, softcap, sink, no_limit):
     return torch.einsum("hst,thd->shd", logits.exp() / total, v).to(q.dtype)
 
 
-def fake_library(name: str, calls: list, sink_gradient: bool = True) -> dict[str, ModuleType]:
+def fake_library(
+    name: str, calls: list, sink_gradient: bool = True, softcap_gradient: bool = True
+) -> dict[str, ModuleType]:
     """Modules for sys.modules with the signatures of the library."""
     no_limit = None if name == "flash_attn.cute" else -1
 
@@ -113,21 +115,31 @@ def fake_library(name: str, calls: list, sink_gradient: bool = True) -> dict[str
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     modules = {name: module}
     if name == "flash_attn.cute":
-        interface = ModuleType("flash_attn.cute.interface")
+        interface, utils = ModuleType("flash_attn.cute.interface"), ModuleType("flash_attn.cute.utils")
         if sink_gradient:
             interface._flash_attn_bwd = lambda q, k, v, learnable_sink=None: None
         else:
             interface._flash_attn_bwd = lambda q, k, v: None
-        modules |= {"flash_attn": ModuleType("flash_attn"), "flash_attn.cute.interface": interface}
+        if softcap_gradient:
+            utils.create_softcap_scoremod_bwd = lambda softcap_val: None
+        modules |= {"flash_attn": ModuleType("flash_attn"), interface.__name__: interface, utils.__name__: utils}
+    elif name == "flash_attn":
+        interface = ModuleType("flash_attn.flash_attn_interface")
+        if softcap_gradient:
+            interface._flash_attn_backward = lambda dout, q, k, v, softcap=0.0: None
+        else:
+            interface._flash_attn_backward = lambda dout, q, k, v: None
+        modules[interface.__name__] = interface
     return modules
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch):
     """Makes the given modules the only FlashAttention there is, on a GPU of the given capability."""
+    names = {*CAPABILITY, *(module for module, _, _ in flash.GRADIENT_SHOWN_BY.values())}
 
     def install(modules: dict[str, ModuleType | None], capability: int = 9) -> None:
-        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface", "flash_attn_interface"):
+        for name in names:
             monkeypatch.setitem(sys.modules, name, modules.get(name))
         monkeypatch.setattr(flash, "_compute_capability", lambda device: capability)
         flash._load.cache_clear()
@@ -206,6 +218,22 @@ def test_sinks_without_a_gradient_are_refused(install):
         "this FlashAttention-4 has no gradient for attention sinks"
     )
     assert refusal() is None
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("flash_attn.cute", "FlashAttention-4"), ("flash_attn", "FlashAttention-2")]
+)
+def test_a_softcap_without_a_gradient_is_refused(library: str, name: str, install):
+    install(fake_library(library, [], softcap_gradient=False), CAPABILITY[library])
+    assert refusal(attention_spec(8, softcap=5.0)) == f"this {name} has no gradient for a softcap"
+    assert refusal() is None
+
+
+def test_an_operator_that_hides_its_arguments_has_them(install):
+    modules = fake_library("flash_attn", [])
+    modules["flash_attn.flash_attn_interface"]._flash_attn_backward = lambda *args, **kwargs: None
+    install(modules, 8)
+    assert refusal(attention_spec(8, softcap=5.0)) is None
 
 
 def test_blackwell_has_fewer_head_dims(install):

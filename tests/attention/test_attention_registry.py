@@ -13,7 +13,7 @@ def resolve(name: str, device: torch.device, specs=LAYERS, dtype=torch.bfloat16)
 
 
 def test_backends_are_the_files_of_the_folder():
-    assert {"reference", "blocked", "simd", "flash", "flex"} <= set(backend_names())
+    assert {"reference", "blocked", "simd", "flash", "flex", "triton"} <= set(backend_names())
     assert not {"__init__", "backend", "inputs", "packing"} & set(backend_names())
     for name in backend_names():
         backend = load_backend(name)
