@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--png", metavar="FILE", help="chart of cost over length, drawn by the bench 'length'")
     parser.add_argument("--backend", default="auto", help="ours: auto, or a name from megazebra/attention")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, metavar="N", help="times that every side runs (7; --quick: 2)")
     parser.add_argument("--shrink", type=int, default=1, metavar="N", help="divide all lengths by N: to test this tool")
     parser.add_argument("--plain-allocator", action="store_true", help="leave glibc's allocator as it is")
     parsed = parser.parse_args()
@@ -55,7 +56,8 @@ def main() -> None:
         choice = choose_backend(parsed.backend)
     except ValueError as error:
         parser.error(str(error))
-    settings = Settings(backend=choice, shrink=parsed.shrink, png=parsed.png, **(QUICK if parsed.quick else {}))
+    sizes = (QUICK if parsed.quick else {}) | ({"rounds": parsed.rounds} if parsed.rounds else {})
+    settings = Settings(backend=choice, shrink=parsed.shrink, png=parsed.png, **sizes)
     for dtype, D in product(DTYPES, settings.head_dims):
         if why := check(settings.backend, settings.problem(4096, D, dtype), torch.device("cpu")):
             raise SystemExit(f"backend {settings.backend} is not measured: {why}")

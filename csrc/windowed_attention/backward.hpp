@@ -46,12 +46,12 @@ public:
           logit_factor_(capped_ ? sizes_.scale / sizes_.softcap : sizes_.scale * LOG2_E) {}
 
     static size_t workspace_floats(const Sizes& sizes) {
-        return 6 * (CHUNK_QUERIES + TILE_KEYS) * (sizes.D + ROW_PADDING) + 5 * (sizes.D + ROW_PADDING) * BLOCK_ROWS +
+        return 6 * (CHUNK_QUERIES + PANEL_PADDING) * (sizes.D + ROW_PADDING) + 5 * (sizes.D + ROW_PADDING) * BLOCK_ROWS +
                3 * PIECE_KEYS * BLOCK_ROWS + 16 * ROW_PADDING;
     }
 
     void run(Workspace workspace) {
-        const int64_t D = sizes_.D, padded_keys = keys_ + TILE_KEYS;
+        const int64_t D = sizes_.D, padded_keys = keys_ + PANEL_PADDING;
         items_step_ = D / Arithmetic::PACKED + ROW_PADDING, rows_step_ = D + ROW_PADDING;
         key_items_ = workspace.take(padded_keys * items_step_);
         value_items_ = workspace.take(padded_keys * items_step_);

@@ -43,7 +43,7 @@ public:
 
     static size_t workspace_floats(const Sizes& sizes) {
         const int64_t blocks = CHUNK_ROWS / BLOCK_ROWS + 1;
-        return 2 * (ONE_PANEL + TILE_KEYS) * (sizes.D + ROW_PADDING) + (sizes.D + PIECE_KEYS) * BLOCK_ROWS +
+        return 2 * (ONE_PANEL + PANEL_PADDING) * (sizes.D + ROW_PADDING) + (sizes.D + PIECE_KEYS) * BLOCK_ROWS +
                blocks * state_floats(sizes) + 8 * ROW_PADDING;
     }
 
@@ -52,8 +52,8 @@ public:
         const int64_t keys = end_key_ - first_key_;
         const int64_t panel_keys = keys <= ONE_PANEL ? keys : PANEL_KEYS;
         keys_step_ = D / Arithmetic::PACKED + ROW_PADDING, values_step_ = D + ROW_PADDING;
-        keys_ = workspace.take((panel_keys + TILE_KEYS) * keys_step_);
-        values_ = workspace.take((panel_keys + TILE_KEYS) * values_step_ / Arithmetic::PACKED);
+        keys_ = workspace.take((panel_keys + PANEL_PADDING) * keys_step_);
+        values_ = workspace.take((panel_keys + PANEL_PADDING) * values_step_ / Arithmetic::PACKED);
         queries_ = workspace.take(D * BLOCK_ROWS);
         weights_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
         const bool one_panel = panel_keys == keys;
@@ -153,7 +153,7 @@ private:
             const float sink = sizes_.sinks[g_ * R_ + (row + i) % R_] * LOG2_E;
             if (harmless && sink <= HARMLESS) {
                 totals_[i] = rounded_totals_[i] = std::exp2(sink);
-            } else if (sink > NO_MAXIMUM) {
+            } else if (!(sink <= NO_MAXIMUM)) {  // so written for what is not a number
                 totals_[i] = rounded_totals_[i] = 1.0f;
                 minus_maxima_[i] = -sink;
             }

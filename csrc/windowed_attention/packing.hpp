@@ -10,6 +10,9 @@ namespace windowed_attention::ISA {
 // few sets of the cache.
 constexpr int64_t ROW_PADDING = 16;
 
+// Rows that the last tile of a panel may read beyond it, and half a pair.
+constexpr int64_t PANEL_PADDING = TILE_KEYS + 1;
+
 constexpr int64_t LONGEST_ROW = 256;
 alignas(64) static const float zero_row[LONGEST_ROW] = {};
 
