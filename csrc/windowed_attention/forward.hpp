@@ -76,6 +76,7 @@ public:
                 if (sees_keys) {
                     const bool no_maxima = harmless && std::all_of(minus_maxima_, minus_maxima_ + BLOCK_ROWS,
                                                                    [](float x) { return x == 0.0f; });
+                    if (!no_maxima) forget_empty_maxima();
                     for_each_piece(block, [&](const Piece& piece) {
                         with_constant<TILE_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
                             if (no_maxima) {
@@ -107,8 +108,7 @@ private:
         for (int64_t i = 0; i < count; ++i) {
             const Element* const key = at(problem_.k, b_, first + i, g_);
             const float squares = dot(key, key, sizes_.D);
-            // Written so that what is not a number becomes the largest.
-            largest_key_ = squares <= largest_key_ ? largest_key_ : squares;
+            largest_key_ = largest(largest_key_, squares);
         }
         // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
         const int64_t pairs = (count + Arithmetic::PACKED - 1) / Arithmetic::PACKED;
@@ -128,6 +128,9 @@ private:
         }
     }
 
+    // What is not a number is the largest of all.
+    static float largest(float a, float b) { return b == b ? std::max(a, b) : INFINITY; }
+
     // By the inequality of Cauchy and Schwarz: |q k| <= |q| |k|.
     bool logits_are_harmless(int vectors) const {
         float largest_query = 0;
@@ -137,10 +140,17 @@ private:
                 const Floats x = load(queries_ + i * BLOCK_ROWS + v * LANES);
                 squares = Arithmetic::accumulate(squares, x, x);
             }
-            for (int i = 0; i < LANES; ++i) largest_query = squares[i] <= largest_query ? largest_query : squares[i];
+            for (int i = 0; i < LANES; ++i) largest_query = largest(largest_query, squares[i]);
         }
         const float bound = std::sqrt(largest_query) * std::sqrt(largest_key_) * logit_factor_;
         return (capped_ ? sizes_.softcap * LOG2_E : bound) <= HARMLESS;
+    }
+
+    // A row that has seen nothing yet, in panels without maxima, has no maximum of 0 either.
+    void forget_empty_maxima() {
+        for (int i = 0; i < BLOCK_ROWS; ++i) {
+            if (totals_[i] == 0.0f) minus_maxima_[i] = -NO_MAXIMUM;
+        }
     }
 
     // A sink is a key without a value that every row has seen. Where logits are harmless all maxima are 0.

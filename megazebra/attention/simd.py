@@ -111,8 +111,7 @@ def windowed_attention(
     Arguments are taken as `attend` checks them.
     """
     q, k, v = (_rows(x) for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     document_start, sinks = _plain(document_start, torch.int64), _plain(sinks, torch.float32)
     _pass("forward", q, k, document_start, sinks, window, softcap)(*map(_tensor, (q, k, v, out)), lse.data_ptr())
     return out, lse
@@ -146,10 +145,10 @@ def windowed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v in their shape and dtype, and of the sinks in float32 ([0] when there are none)."""
     q, k, v, out, dout = (_rows(x) for x in (q, k, v, out, dout))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     document_start, sinks = _plain(document_start, torch.int64), _plain(sinks, torch.float32)
-    dsinks = torch.empty(0 if sinks is None else sinks.shape[0])
+    dsinks = lse.new_empty(0 if sinks is None else sinks.shape[0])
     _pass("backward", q, k, document_start, sinks, window, softcap)(
         *map(_tensor, (q, k, v, out, dout)),
         lse.data_ptr(),
