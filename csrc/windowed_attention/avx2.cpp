@@ -1,8 +1,10 @@
 // AVX2 with FMA: bf16 is computed in float32.
 
+#include "problem.hpp"
 #include "standard_library.hpp"
+#include "workspace.hpp"
 
-#if defined(__x86_64__)
+#if defined(X86_INSTRUCTION_SETS)
 
 #define ISA avx2
 #define ISA_AVX2 1

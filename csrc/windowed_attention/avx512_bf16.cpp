@@ -1,8 +1,10 @@
 // AVX-512 with BF16 instructions (Intel since Cooper Lake and Sapphire Rapids, AMD since Zen 4).
 
+#include "problem.hpp"
 #include "standard_library.hpp"
+#include "workspace.hpp"
 
-#if defined(__x86_64__)
+#if defined(X86_INSTRUCTION_SETS)
 
 #define ISA avx512_bf16
 #define ISA_AVX512 1

@@ -19,8 +19,8 @@ namespace windowed_attention::ISA {
 constexpr int64_t CHUNK_QUERIES = 1536;
 
 // Where the gradients of one key/value head and of its R query heads are summed, in float32, between the tasks that
-// add to them. [position, head of the group or 0, D]; the batch's stride is not used. Float32 gradients are summed where
-// they are returned.
+// add to them. [position, head of the group or 0, D]; the batch's stride is not used. Float32 gradients are summed
+// where they are returned.
 struct HeadSums {
     Tensor<float> dq, dk, dv;
 };
@@ -46,8 +46,9 @@ public:
           logit_factor_(capped_ ? sizes_.scale / sizes_.softcap : sizes_.scale * LOG2_E) {}
 
     static size_t workspace_floats(const Sizes& sizes) {
-        return 6 * (CHUNK_QUERIES + PANEL_PADDING) * (sizes.D + ROW_PADDING) + 5 * (sizes.D + ROW_PADDING) * BLOCK_ROWS +
-               3 * PIECE_KEYS * BLOCK_ROWS + 16 * ROW_PADDING;
+        const int64_t row = sizes.D + ROW_PADDING;
+        return 6 * (CHUNK_QUERIES + PANEL_PADDING) * row + 5 * row * BLOCK_ROWS + 3 * PIECE_KEYS * BLOCK_ROWS +
+               16 * ROW_PADDING;
     }
 
     void run(Workspace workspace) {
@@ -113,7 +114,10 @@ private:
             dout[i] = at(problem_.dout, pair_.b, query, head);
             const int64_t statistic = (pair_.b * sizes_.S + query) * sizes_.H + head;
             lse_[i] = problem_.lse[statistic] * LOG2_E;
-            if (pair_.same_place) problem_.delta[statistic] = dot(dout[i], at(problem_.out, pair_.b, query, head), sizes_.D);
+            if (pair_.same_place) {
+                const Element* const out = at(problem_.out, pair_.b, query, head);
+                problem_.delta[statistic] = dot(dout[i], out, sizes_.D);
+            }
             delta_[i] = problem_.delta[statistic];
         }
         const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
@@ -183,8 +187,10 @@ private:
                 }
             }
             store_rows<Arithmetic, BLOCK_ROWS>(dlogits_ + row, dlogits);
-            if constexpr (PACKED == 2)
-                store_items<Arithmetic, BLOCK_ROWS>(dlogit_items_ + (key - piece.first) / PACKED * BLOCK_ROWS + offset, dlogits);
+            if constexpr (PACKED == 2) {
+                float* const items = dlogit_items_ + (key - piece.first) / PACKED * BLOCK_ROWS + offset;
+                store_items<Arithmetic, BLOCK_ROWS>(items, dlogits);
+            }
         }
 
         const float* const keys = key_rows_ + piece.first / PACKED * rows_step_;

@@ -69,7 +69,8 @@ struct Piece {
 
 // `hidden` in place of the logits of keys from `key` on that the rows from `offset` on don't see.
 template <int BLOCK_ROWS, int VECTORS>
-ALWAYS_INLINE void hide(const RowBlock<BLOCK_ROWS>& block, int offset, int key, float hidden, Floats (&logits)[TILE_KEYS][VECTORS]) {
+ALWAYS_INLINE void hide(const RowBlock<BLOCK_ROWS>& block, int offset, int key, float hidden,
+                        Floats (&logits)[TILE_KEYS][VECTORS]) {
     UNROLL
     for (int v = 0; v < VECTORS; ++v) {
         const Ints first = load(block.first + offset + v * LANES), last = load(block.last + offset + v * LANES);

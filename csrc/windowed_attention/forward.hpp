@@ -17,10 +17,9 @@ constexpr int64_t CHUNK_ROWS = 1536;
 // Keys packed at once. All that a chunk sees where that is little, else as many as stay in the second-level cache.
 constexpr int64_t ONE_PANEL = 2560, PANEL_KEYS = 768;
 
-
-
-// Logits of at most this size (in units of log 2) need no maximum: their exponentials can neither overflow nor vanish.
-constexpr float HARMLESS = 80.0f;
+// Logits of at most this size (in units of log 2) need no maximum: sums of their exponentials can neither overflow nor
+// vanish.
+constexpr float HARMLESS = 60.0f;
 // A maximum that no logit has had yet: finite, so that differences are numbers.
 constexpr float NO_MAXIMUM = -1e30f;
 // Weights are relative to a maximum that may be out of date by this much (in powers of two), which costs no accuracy
@@ -42,7 +41,8 @@ public:
     }
 
     static size_t workspace_floats(const Sizes& sizes) {
-        const int64_t blocks = CHUNK_ROWS / BLOCK_ROWS + 1;
+        // A chunk has at least one query, with all its rows.
+        const int64_t blocks = std::max(CHUNK_ROWS, sizes.H / sizes.G) / BLOCK_ROWS + 1;
         return 2 * (ONE_PANEL + PANEL_PADDING) * (sizes.D + ROW_PADDING) + (sizes.D + PIECE_KEYS) * BLOCK_ROWS +
                blocks * state_floats(sizes) + 8 * ROW_PADDING;
     }
@@ -96,7 +96,6 @@ private:
     // What is relative to the maxima, and the maxima.
     static int64_t relative_rows(const Sizes& sizes) { return sizes.D + Arithmetic::PACKED; }
     static int64_t state_floats(const Sizes& sizes) { return (relative_rows(sizes) + 1) * BLOCK_ROWS; }
-
 
     void pack_panel(int64_t first, int64_t count) {
         const auto rows_of = [&](const Tensor<const Element>& x) {
@@ -274,7 +273,8 @@ private:
             problem_.lse[(b_ * sizes_.S + next.query) * sizes_.H + head] =
                 static_cast<float>(std::log(totals_[i]) - minus_maxima_[i] * LN_2);
         }
-        unpack_transposed<BLOCK_ROWS>(sums_, inverse, rows, sizes_.D, [&](int i, int64_t d, Floats x) { store(out[i] + d, x); });
+        unpack_transposed<BLOCK_ROWS>(sums_, inverse, rows, sizes_.D,
+                                      [&](int i, int64_t d, Floats x) { store(out[i] + d, x); });
     }
 
     const Forward<Element>& problem_;

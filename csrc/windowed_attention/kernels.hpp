@@ -55,13 +55,13 @@ void backward_heads(const Backward<Element>& problem, const Threads& threads, in
             const int64_t b = head / sizes.G, first_query = chunk * CHUNK_QUERIES;
             int64_t end_query = std::min(first_query + CHUNK_QUERIES, sizes.S);
             const int64_t key_chunk = offset + (chunk - distance) * CHUNK_QUERIES;
-            const int64_t reach = std::max({key_chunk, int64_t{0}, offset + first_query - sizes.window + 1});
+            const int64_t first_key = std::max({key_chunk, int64_t{0}, offset + first_query - sizes.window + 1});
             const int64_t end_key = std::min(key_chunk + CHUNK_QUERIES, sizes.T);
             // The last query to see a key is the one a window later.
             const int64_t complete_dk = end_query == sizes.S ? sizes.T : offset + end_query - sizes.window + 1;
             // Later queries see no earlier keys.
             while (end_query > first_query && seen_keys(sizes, b, end_query - 1).first >= end_key) --end_query;
-            const ChunkPair pair{b, head % sizes.G, first_query, end_query, reach, end_key, distance == 0,
+            const ChunkPair pair{b, head % sizes.G, first_query, end_query, first_key, end_key, distance == 0,
                                  key_chunk, complete_dk};
             if (pair.first_key >= pair.end_key) return;
             using Task = BackwardTask<Arithmetic, Element>;
@@ -85,7 +85,8 @@ void backward_sinks(const Backward<Element>& problem, const Threads& threads) {
 
 // Gradients of keys before the first query's own, which nobody may see.
 template <class Element>
-void clear_earlier_keys(const Sizes& sizes, const Tensor<Element>& dk, const Tensor<Element>& dv, int64_t b, int64_t g) {
+void clear_earlier_keys(const Sizes& sizes, const Tensor<Element>& dk, const Tensor<Element>& dv, int64_t b,
+                        int64_t g) {
     for (int64_t key = 0; key < sizes.T - sizes.S; ++key) {
         std::fill_n(at(dk, b, key, g), sizes.D, Element{});
         std::fill_n(at(dv, b, key, g), sizes.D, Element{});
@@ -96,7 +97,9 @@ template <class Arithmetic>
 void backward(const Backward<float>& problem, const Threads& threads) {
     const Sizes& sizes = problem.sizes;
     const int64_t heads = sizes.B * sizes.G, R = sizes.H / sizes.G;
-    const auto from = [](const Tensor<float>& x, int64_t b, int64_t h) { return Tensor<float>{at(x, b, 0, h), x.strides}; };
+    const auto from = [](const Tensor<float>& x, int64_t b, int64_t h) {
+        return Tensor<float>{at(x, b, 0, h), x.strides};
+    };
     const auto sums_of = [&](int64_t head) {
         const int64_t b = head / sizes.G, g = head % sizes.G;
         return HeadSums{from(problem.dq, b, g * R), from(problem.dk, b, g), from(problem.dv, b, g)};

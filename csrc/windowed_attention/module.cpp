@@ -40,7 +40,7 @@ ParallelFor parallel_for = nullptr;
 
 void run_in_threads(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
     if (parallel_for(0, count, 1, body, context) != 0)
-        throw std::runtime_error("windowed attention failed in one of its threads; was there memory for its workspace?");
+        throw std::runtime_error("windowed attention failed in one of its threads: no memory for its workspace");
 }
 
 struct InstructionSet {
@@ -51,7 +51,7 @@ struct InstructionSet {
 // Those that this processor has, best first.
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets;
-#if defined(__x86_64__)
+#if defined(X86_INSTRUCTION_SETS)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -71,7 +71,8 @@ const Kernels& kernels_of(const std::string& name) {
 
 // The two passes for one type of elements. Addresses may be 0 where a pointer may be null.
 template <class Element>
-void bind_passes(py::module_& module, const std::string& type, void (*Kernels::*forward)(const Forward<Element>&, const Threads&),
+void bind_passes(py::module_& module, const std::string& type,
+                 void (*Kernels::*forward)(const Forward<Element>&, const Threads&),
                  void (*Kernels::*backward)(const Backward<Element>&, const Threads&)) {
     using In = const TensorArguments&;
     module.def(("forward_" + type).c_str(),

@@ -1,6 +1,8 @@
 // Whatever the compiler builds for by default: four lanes are what every x86-64 and ARM64 processor has.
 
+#include "problem.hpp"
 #include "standard_library.hpp"
+#include "workspace.hpp"
 
 #define ISA portable
 

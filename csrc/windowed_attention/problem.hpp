@@ -8,6 +8,11 @@
 
 #include <cstdint>
 
+// Instruction sets are chosen by GCC's pragma; other compilers build the portable kernels only.
+#if defined(__x86_64__) && !defined(__clang__)
+#define X86_INSTRUCTION_SETS 1
+#endif
+
 namespace windowed_attention {
 
 // [batch, position, head, D]

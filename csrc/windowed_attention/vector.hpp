@@ -26,7 +26,8 @@ constexpr int TILE_KEYS = 4, TILE_VECTORS = 2;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+// Aligned as what is read through it: floats, or pairs of bf16.
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef int32_t UnalignedInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));

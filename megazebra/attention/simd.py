@@ -1,4 +1,4 @@
-"""Windowed attention on the CPU in C++ (csrc/windowed_attention): vector registers, O(S * window) work, no copies.
+"""Windowed attention on the CPU in C++ (csrc/windowed_attention): vector registers, O(S * window) work.
 
 Every processor runs it; AVX-512 with BF16, AVX-512 and AVX2 are chosen at run time, the best that is there.
 float32 is computed in float32. bf16 is multiplied in bf16 and summed in float32 where there are instructions for it
@@ -180,6 +180,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, document_start, sinks, ctx.window, ctx.softcap = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else backward would be given zeros for the log-sum-exp
     ctx.save_for_backward(q, k, v, out, lse, document_start, sinks)
 
 
