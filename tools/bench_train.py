@@ -1,7 +1,7 @@
 """Measure a whole training step against a model without windows and against Hugging Face's, in turns in this process.
 
     pip install -e '.[cpu,hf]'
-    python tools/bench_train.py           # half an hour on two quiet cores, 20 GiB; --quick takes a minute
+    python tools/bench_train.py           # half an hour on two quiet cores; more than 24 GiB: with less, --seq-len 8192
 
 The same weights, tokens and torch.optim.AdamW (fused) on every side, in a plain loop of forward, backward and update:
 models and kernels are compared, not engines (ours trains under DeepSpeed otherwise). One sequence per step, no
