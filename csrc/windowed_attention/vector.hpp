@@ -38,14 +38,6 @@ ALWAYS_INLINE Ints load(const int32_t* from) { return *reinterpret_cast<const Un
 ALWAYS_INLINE Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
 ALWAYS_INLINE Floats from_bits(Ints x) { return reinterpret_cast<Floats>(x); }
 
-// The same pointer, of which the compiler forgets what it knows: what it points to is read where it is used. In the
-// loops that multiply, registers are for sums; constants kept in them would push sums out.
-template <class T>
-ALWAYS_INLINE const T* in_memory(const T* pointer) {
-    asm volatile("" : "+r"(pointer));
-    return pointer;
-}
-
 ALWAYS_INLINE Floats broadcast(float x) {
 #if defined(ISA_AVX512)
     return _mm512_set1_ps(x);
