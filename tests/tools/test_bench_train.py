@@ -30,6 +30,7 @@ def test_sides_train_alike() -> None:
 
 
 def test_another_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_train, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setitem(SIDES, "transformers", SIDES["full_pattern"])
     with pytest.raises(SystemExit, match="not the same model"):
         next(bench_train.bench_speed(SMALL, rounds=1))

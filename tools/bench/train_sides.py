@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.dtypes import DTYPES
-from bench.measure import peak_bytes
+from bench.measure import peak_bytes, wall_seconds
 from megazebra.config.schema import Config, ModelConfig, TrainConfig
 from megazebra.labels import IGNORE_INDEX
 from megazebra.models.build import build_model, model_runtime
@@ -141,6 +141,19 @@ def zebra(setting: Setting) -> ZebraModel:
     model = build_model(config, mesh, model_runtime(config, torch.device("cpu")))
     initialize(model, config.model, SEED, mesh.tp)
     return model.to(DTYPES[setting.dtype])
+
+
+class Turn(NamedTuple):
+    """loss: of the first step, before any update. seconds: wall time of the second."""
+
+    loss: float
+    seconds: float
+
+
+def take_turn(name: str, setting: Setting) -> Turn:
+    torch.set_num_threads(setting.threads)
+    side = SIDES[name](setting)
+    return Turn(side.step(), wall_seconds(side.step))
 
 
 def peak_of_training(name: str, setting: Setting) -> int:
