@@ -24,12 +24,14 @@ class AttentionSpec:
     rope: rotary embedding of this layer's queries and keys.
     sinks: each query head has a learned logit that joins the softmax without a value (gpt-oss).
     softcap: logits s become `softcap * tanh(s / softcap)` before the mask (Gemma 2); None leaves them.
+    context: how it reaches keys on other context-parallel ranks, a file of megazebra/context; 'single' has no others.
     """
 
     window: int | None
     rope: RopeConfig
     sinks: bool = False
     softcap: float | None = None
+    context: str = "single"
 
     @property
     def is_local(self) -> bool:

@@ -132,7 +132,7 @@ def random_batch(config: Config, device: torch.device) -> MicroBatch:
     shape = (config.train.micro_batch_size, config.data.seq_len)
     tokens_BS, labels_BS = torch.randint(0, config.model.vocab_size, (2, *shape), device=device)
     positions_BS = torch.arange(shape[1], device=device).expand(shape)
-    return MicroBatch(tokens_BS, labels_BS, positions_BS, None, [-1] * shape[0], labels_BS.numel())
+    return MicroBatch(tokens_BS, labels_BS, positions_BS, None, [-1] * shape[0], labels_BS.numel(), shape[1])
 
 
 def main() -> None:

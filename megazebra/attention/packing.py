@@ -6,11 +6,14 @@ Shapes: B rows of the batch, S queries of a row, n documents of all rows togethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Lengths = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that masks can be cached on it
@@ -23,6 +26,7 @@ class Packing:
     max_seqlen_q, max_seqlen_k: the longest document, counted on the host so that no kernel launch waits.
     keys_per_row: T; more than S when the keys reach further left than the queries.
     host_start_BS: document_start_BS as a numpy array, for loops that are laid out on the host.
+    derived: what others have made of this packing, kept for as long as it lives.
 
     A backend that gets None in place of a Packing takes every row as one document.
     """
@@ -34,9 +38,10 @@ class Packing:
     max_seqlen_k: int
     keys_per_row: int
     host_start_BS: np.ndarray
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_document_lengths(cls, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packing:
+    def from_document_lengths(cls, lengths: Sequence[Lengths], device: torch.device | str = "cpu") -> Packing:
         """Rows made of whole documents: one list of lengths for each row, every row with the same sum S.
 
         Raises ValueError when there is no row, a document is shorter than one token, or the sums differ.
@@ -46,8 +51,8 @@ class Packing:
     @classmethod
     def from_spans(
         cls,
-        query_lengths: Sequence[Sequence[int]],
-        key_lengths: Sequence[Sequence[int]],
+        query_lengths: Sequence[Lengths],
+        key_lengths: Sequence[Lengths],
         device: torch.device | str = "cpu",
     ) -> Packing:
         """Rows whose keys reach further left than their queries, as a rank of context parallelism sees them.
@@ -92,6 +97,21 @@ class Packing:
             host_start_BS=host_start_BS,
         )
 
+    def part(self, first_query: int, end_query: int, first_key: int) -> Packing | None:
+        """The packing of some queries of every row and of the keys first_key to end_query; rows of whole documents.
+
+        None where every row is left with keys of one document.
+        """
+        assert self.host_start_BS.shape[1] == self.keys_per_row, "queries that are not all there have no keys to cut"
+        queries, keys = [], []
+        for starts in self.host_start_BS[:, first_key:end_query]:
+            edges = np.concatenate([[0], np.flatnonzero(np.diff(starts)) + 1, [len(starts)]])
+            keys.append(np.diff(edges))
+            queries.append(np.diff(np.maximum(edges, first_query - first_key)))
+        if all(len(row) == 1 for row in keys):
+            return None
+        return Packing.from_spans(queries, keys, self.document_start_BS.device)
+
     def to(self, device: torch.device | str) -> Packing:
         """The same packing with its tensors on `device`."""
         return replace(
@@ -99,6 +119,7 @@ class Packing:
             document_start_BS=_copied(self.document_start_BS, device),
             cu_seqlens_q=_copied(self.cu_seqlens_q, device),
             cu_seqlens_k=_copied(self.cu_seqlens_k, device),
+            derived={},
         )
 
 

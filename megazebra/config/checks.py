@@ -149,18 +149,21 @@ def tensor_parallel_fits(model: ModelConfig, parallel: ParallelConfig) -> Proble
         )
 
 
-def sequence_parallel_fits(data: DataConfig, parallel: ParallelConfig) -> Problems:
-    if parallel.sequence_parallel and data.seq_len % parallel.tensor:
-        yield (
-            "data.seq_len",
-            f"must be divisible by parallel.tensor={parallel.tensor} with parallel.sequence_parallel=true "
-            f"(next: {_next_multiple(data.seq_len, parallel.tensor)})",
-        )
+def context_parallel_fits(model: ModelConfig, parallel: ParallelConfig) -> Problems:
+    heads = model.num_attention_heads // parallel.tensor
+    for name in ("context_local", "context_global"):
+        if parallel.context > 1 and getattr(parallel, name) == "ulysses" and heads % parallel.context:
+            yield (
+                f"parallel.{name}",
+                f"needs parallel.context={parallel.context} to divide the {heads} query heads of a tensor-parallel "
+                "rank; set it to auto, or change parallel.context",
+            )
 
 
-def context_parallel_exists(parallel: ParallelConfig) -> Problems:
-    if parallel.context != 1:
-        yield "parallel.context", "context parallelism is not available yet in this version; set parallel.context=1"
+def context_is_read(parallel: ParallelConfig) -> Problems:
+    for name in ("context_local", "context_global"):
+        if parallel.context == 1 and getattr(parallel, name) != "auto":
+            yield f"parallel.{name}", "is not read with parallel.context=1; remove it"
 
 
 def sequence_fits(model: ModelConfig, data: DataConfig) -> Problems:
@@ -273,8 +276,8 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     rope_scaling,
     rope_reaches,
     tensor_parallel_fits,
-    sequence_parallel_fits,
-    context_parallel_exists,
+    context_parallel_fits,
+    context_is_read,
     sequence_fits,
     batch_fits,
     schedule_fits,

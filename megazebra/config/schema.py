@@ -140,11 +140,17 @@ class ParallelConfig(Section):
     tensor: Count = 1
     """Tensor-parallel size: ranks that share every layer's weights."""
     context: Count = 1
-    """Context-parallel size: ranks that share every sequence. Only 1 for now."""
+    """Context-parallel size: ranks that share every sequence, each with a contiguous part. Sequences are padded inside
+    to a multiple of it (times parallel.tensor with sequence_parallel)."""
+    context_local: Literal["auto", "halo", "ulysses", "allgather"] = "auto"
+    """How local layers reach keys on other ranks: halo fetches the window - 1 keys it reads from the ranks to the left;
+    ulysses swaps sequence for heads; allgather fetches all keys. auto: whatever receives least."""
+    context_global: Literal["auto", "ulysses", "allgather"] = "auto"
+    """The same for global layers. ulysses: parallel.context has to divide the query heads of a tensor-parallel rank."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence (Korthikanti et al. 2022)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO, sharded over data-parallel ranks: 0 nothing, 1 optimizer states, 2 also gradients,
+    """DeepSpeed ZeRO, sharded over data- and context-parallel ranks: 0 nothing, 1 optimizer states, 2 also gradients,
     3 also parameters."""
     timeout_s: Positive = 600.0
     """A collective that waits longer than this ends the run (seconds)."""

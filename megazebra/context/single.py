@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
+from megazebra.context.replay import Replay
 from megazebra.parallel.mesh import Group
 from megazebra.pattern import AttentionSpec
 
@@ -20,6 +21,8 @@ def attend(
     backend: BackendChoice,
     group: Group,
     sinks_H: Tensor | None = None,
+    label: str = "",
+    replay: Replay | None = None,
 ) -> Tensor:
     """Output [B, S, H, D] of this rank's queries, which are all of the sequence."""
     assert group.size == 1, "keys on other ranks would not be seen"

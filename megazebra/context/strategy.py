@@ -1,14 +1,16 @@
-"""Which strategy a layer's attention takes when sequences are split over ranks. Resolved once per layer."""
+"""How a layer reaches keys on other context-parallel ranks. Every module that `STRATEGIES` names is a strategy."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from typing import Protocol, cast
 
 from torch import Tensor
 
 from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
-from megazebra.context import single
+from megazebra.context.replay import Replay
+from megazebra.context.traffic import STRATEGIES
 from megazebra.parallel.mesh import Group
 from megazebra.pattern import AttentionSpec
 
@@ -27,14 +29,21 @@ class Attend(Protocol):
         backend: BackendChoice,
         group: Group,
         sinks_H: Tensor | None = None,
+        label: str = "",
+        replay: Replay | None = None,
     ) -> Tensor:
-        """Output [B, S, H, D] of this rank's queries; S is this rank's part of the sequence."""
+        """Output [B, n, H, D] of this rank's queries; q, k, v hold its part of every sequence, in the order of ranks.
+
+        packing: that of the whole sequences, the same on all ranks. label: its messages are counted under it.
+        replay: keeps what arrives, for a pass that recomputes this one and must not send again.
+        """
 
 
-def resolve_strategy(spec: AttentionSpec, group: Group) -> Attend:
-    """The strategy for a layer of this spec. Raises ValueError when there is none for the group's size."""
+def load_strategy(name: str, group: Group) -> Attend:
+    """The strategy of a layer whose sequences `group` shares. Raises ValueError when it can't serve that many ranks."""
     if group.size == 1:
-        return single.attend
-    raise ValueError(
-        f"parallel.context={group.size}: no strategy for {spec.kind} layers exists yet; set parallel.context=1"
-    )
+        name = "single"
+    elif name not in STRATEGIES:
+        raise ValueError(f"parallel.context={group.size}: a layer's strategy must be one of {', '.join(STRATEGIES)}, "
+                         f"got {name!r}")  # fmt: skip
+    return cast(Attend, importlib.import_module(f"megazebra.context.{name}").attend)

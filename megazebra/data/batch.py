@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from megazebra.data.samples import Sample
@@ -25,6 +26,7 @@ class MicroBatch:
     document_lengths: per row the tokens of each document's piece, adding up to S; None without document mask.
     sample_indices: place of each row in the order; -1 for rows that only fill the batch.
     valid_tokens: labels that count, on this rank; counted on the host, so that no device is waited for.
+    seq_len: tokens of a whole sequence, before it was padded or sliced.
     """
 
     tokens_BS: torch.Tensor
@@ -33,18 +35,34 @@ class MicroBatch:
     document_lengths: list[list[int]] | None
     sample_indices: list[int]
     valid_tokens: int
+    seq_len: int
+
+    def padded(self, multiple: int) -> MicroBatch:
+        """Sequences filled up to a multiple of tokens, with a document of padding of which nothing is learned."""
+        missing = -self.tokens_BS.shape[1] % multiple
+        if not missing:
+            return self
+        lengths = self.document_lengths
+        return replace(
+            self,
+            tokens_BS=F.pad(self.tokens_BS, (0, missing)),
+            labels_BS=F.pad(self.labels_BS, (0, missing), value=IGNORE_INDEX),
+            positions_BS=F.pad(self.positions_BS, (0, missing)),
+            # Without document mask the padding sees the sequence; nothing sees the padding, which comes last.
+            document_lengths=None if lengths is None else [[*row, missing] for row in lengths],
+        )
 
     def context_slice(self, rank: int, size: int) -> MicroBatch:
         """The contiguous part of every sequence that context-parallel rank `rank` of `size` holds: [B, S/size].
 
         document_lengths stay those of whole sequences, since documents may begin on another rank.
-        Raises ValueError when S is not divisible by size.
+        Raises ValueError when S is not divisible by size: `padded` makes it so.
         """
         if size == 1:
             return self
         length = self.tokens_BS.shape[1]
         if length % size:
-            raise ValueError(f"data.seq_len={length} is not divisible by parallel.context={size}; take a multiple")
+            raise ValueError(f"sequences of {length} tokens are not divisible by parallel.context={size}; pad them")
         part = slice(rank * length // size, (rank + 1) * length // size)
         labels_BS = self.labels_BS[:, part]
         return replace(
@@ -82,6 +100,7 @@ def collate(samples: Sequence[Sample], *, document_mask: bool) -> MicroBatch:
         [sample.document_lengths for sample in samples] if document_mask else None,
         [sample.index for sample in samples],
         int(np.count_nonzero(labels != IGNORE_INDEX)),
+        labels.shape[1],
     )
 
 

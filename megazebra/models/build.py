@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megazebra.attention.backend import resolve_backend
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import Config
+from megazebra.context.choice import resolve_specs
 from megazebra.data.batch import MicroBatch
 from megazebra.models import elementwise
 from megazebra.models.runtime import Elementwise, ModelRuntime
@@ -42,8 +43,11 @@ def model_runtime(config: Config, device: torch.device) -> ModelRuntime:
 
 
 def build_model(config: Config, mesh: ParallelMesh, runtime: ModelRuntime) -> ZebraModel:
-    """The model of this rank, its weights not yet initialized."""
-    return ZebraModel(config.model, mesh, runtime)
+    """The model of this rank, its weights not yet initialized.
+
+    Raises ValueError when a context-parallel strategy asked for can't serve its layers.
+    """
+    return ZebraModel(config.model, mesh, runtime, resolve_specs(config))
 
 
 def forward(module: nn.Module, batch: MicroBatch) -> Tensor:
@@ -52,4 +56,4 @@ def forward(module: nn.Module, batch: MicroBatch) -> Tensor:
     packing = None
     if batch.document_lengths is not None and any(len(row) > 1 for row in batch.document_lengths):
         packing = Packing.from_document_lengths(batch.document_lengths, device)
-    return module(batch.tokens_BS, batch.labels_BS, batch.positions_BS, packing)
+    return module(batch.tokens_BS, batch.labels_BS, batch.positions_BS, packing, seq_len=batch.seq_len)

@@ -1,7 +1,7 @@
 """The block of a Zebra model: Llama's, with an attention of its own in every layer.
 
-Legend: B batch, S sequence, H query heads of this rank, G key/value heads of this rank, D head dim,
-E width of the residual stream, F width of the feed-forward layer on this rank.
+Legend: B batch, S sequence of this context-parallel rank, H query heads and G key/value heads of this tensor-parallel
+rank, D head dim, E width of the residual stream, F width of the feed-forward layer on this rank.
 With sequence parallelism the residual stream is [B, S/tp, E]; inside attention and MLP S is whole.
 """
 
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import ModelConfig
-from megazebra.context.strategy import resolve_strategy
+from megazebra.context.replay import Replay
+from megazebra.context.strategy import load_strategy
 from megazebra.models.rope import apply_rope
 from megazebra.models.runtime import ModelRuntime
 from megazebra.parallel.collectives import reduce_gradient
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         self.runtime = runtime
         self.mesh = mesh
         self.head_dim = config.head_size
-        self.attend = resolve_strategy(spec, mesh.cp)
+        self.attend = load_strategy(spec.context, mesh.cp)
         self.label = f"{name}.{spec.kind}"
         heads = split_evenly(config.num_attention_heads, mesh.tp, "model.num_attention_heads")
         split_evenly(config.kv_heads, mesh.tp, "model.num_kv_heads")
@@ -84,7 +85,9 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.zeros(heads))
             mark_sharded(self.sinks, dim=0, full_size=config.num_attention_heads)
 
-    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None) -> Tensor:
+    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None, replay: Replay | None = None) -> Tensor:
+        if replay is not None:
+            replay.begin()
         entered = self.runtime.enter(x_BSE, self.mesh.tp, self.label)
         q_BSHD = self.q_proj(*entered).unflatten(-1, (-1, self.head_dim))
         k_BSGD = self.k_proj(*entered).unflatten(-1, (-1, self.head_dim))
@@ -101,6 +104,8 @@ class Attention(nn.Module):
             backend=self.runtime.backend,
             group=self.mesh.cp,
             sinks_H=self.sinks,
+            label=f"{self.label}.{self.spec.context}",
+            replay=replay,
         )
         return self.o_proj(out_BSHD.flatten(2))
 
@@ -148,8 +153,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
         self.mlp = SwiGLU(config, mesh, runtime, f"{name}.mlp")
 
-    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None) -> Tensor:
-        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, packing)
+    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None, replay: Replay | None = None) -> Tensor:
+        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, packing, replay)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
 
 

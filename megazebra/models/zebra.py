@@ -6,6 +6,7 @@ Legend: B batch, S sequence of this context-parallel rank, E width of the residu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import ModelConfig, RopeConfig
+from megazebra.context.replay import Replay
 from megazebra.models.layers import Block, CosSin, RMSNorm, recomputed
 from megazebra.models.rope import cos_sin
 from megazebra.models.runtime import ModelRuntime
@@ -20,17 +22,19 @@ from megazebra.parallel.collectives import enter_tensor_parallel
 from megazebra.parallel.cross_entropy import VocabParallelHead
 from megazebra.parallel.linear import VocabParallelEmbedding
 from megazebra.parallel.mesh import ParallelMesh
+from megazebra.pattern import AttentionSpec
 
 
 class ZebraDecoder(nn.Module):
     """Tokens to final hidden states, [B, S, E], or [B, S/tp, E] under sequence parallelism."""
 
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh, runtime: ModelRuntime) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: ParallelMesh, runtime: ModelRuntime, specs: Sequence[AttentionSpec]
+    ) -> None:
         super().__init__()
         self.config = config
         self.runtime = runtime
-        self.cp_size = mesh.cp.size
-        self.specs = config.attention_specs()
+        self.specs = tuple(specs)
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, mesh.tp, sequence_parallel=runtime.sequence_parallel
         )
@@ -40,34 +44,40 @@ class ZebraDecoder(nn.Module):
         shared = mesh.tp if runtime.sequence_parallel else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None, seq_len: int) -> Tensor:
         # Layers that share a RopeConfig share one table: two of them at most, unless the pattern names more.
         ropes = {spec.rope for spec in self.specs}
-        tables = {rope: self._rope_table(rope, positions_BS) for rope in ropes}
+        tables = {rope: self._rope_table(rope, positions_BS, seq_len) for rope in ropes}
         recompute_blocks = self.runtime.recompute == "full" and torch.is_grad_enabled()
         x_BSE = self.embed_tokens(tokens_BS)
         for layer, spec in zip(self.layers, self.specs, strict=True):
             inputs = (x_BSE, tables[spec.rope], packing)
-            x_BSE = recomputed(layer, *inputs) if recompute_blocks else layer(*inputs)
+            x_BSE = recomputed(layer, *inputs, Replay()) if recompute_blocks else layer(*inputs)
         return self.norm(x_BSE)
 
-    def _rope_table(self, rope: RopeConfig, positions_BS: Tensor) -> CosSin:
-        if not rope.enabled:
-            return None
-        return cos_sin(rope, self.config.head_size, positions_BS, positions_BS.shape[1] * self.cp_size)
+    def _rope_table(self, rope: RopeConfig, positions_BS: Tensor, seq_len: int) -> CosSin:
+        return cos_sin(rope, self.config.head_size, positions_BS, seq_len) if rope.enabled else None
 
 
 class ZebraModel(nn.Module):
     """A causal language model whose layers attend as `config.pattern` says.
 
+    specs: one per layer, each with its strategy of context parallelism (`context.choice.resolve_specs`); None where
+    there is one context-parallel rank.
     Weights are uninitialized until `models.initialization` fills them.
     """
 
-    def __init__(self, config: ModelConfig, mesh: ParallelMesh, runtime: ModelRuntime) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ParallelMesh,
+        runtime: ModelRuntime,
+        specs: Sequence[AttentionSpec] | None = None,
+    ) -> None:
         super().__init__()
         self.mesh = mesh
         self.runtime = runtime
-        self.model = ZebraDecoder(config, mesh, runtime)
+        self.model = ZebraDecoder(config, mesh, runtime, specs or config.attention_specs())
         self.lm_head = VocabParallelHead(
             config.vocab_size,
             config.hidden_size,
@@ -85,17 +95,20 @@ class ZebraModel(nn.Module):
         positions_BS: Tensor | None = None,
         packing: Packing | None = None,
         reduction: Literal["sum", "none"] = "sum",
+        seq_len: int | None = None,
     ) -> Tensor:
         """Summed cross-entropy of this rank's tokens (fp32 scalar, the same on every tp rank).
 
-        tokens_BS: int64 token ids. labels_BS: int64, already shifted, -100 where not counted; None returns the
-        logits [B, S, V]. positions_BS: int64, 0..S-1 where None; packed documents restart at 0.
-        packing: documents of each row; None: one each. reduction: 'none' returns the loss of each token
-        [B, S], without gradients.
+        tokens_BS: int64 token ids, this context-parallel rank's part of every sequence. labels_BS: int64, already
+        shifted, -100 where not counted; None returns the logits [B, S, V]. positions_BS: int64, counted from the
+        sequence's first token where None; packed documents restart at 0. packing: documents of each whole row; None:
+        one each. reduction: 'none' returns the loss of each token [B, S], without gradients. seq_len: tokens of a whole
+        sequence without padding; None: all.
         """
+        cp, S = self.mesh.cp, tokens_BS.shape[1]
         if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        hidden_BSE = self.model(tokens_BS, positions_BS, packing)
+            positions_BS = torch.arange(cp.rank * S, (cp.rank + 1) * S, device=tokens_BS.device).expand_as(tokens_BS)
+        hidden_BSE = self.model(tokens_BS, positions_BS, packing, seq_len or S * cp.size)
         hidden_BSE = enter_tensor_parallel(
             hidden_BSE, self.mesh.tp, sequence_parallel=self.runtime.sequence_parallel, label="lm_head"
         )

@@ -17,21 +17,39 @@ class TrafficCounter:
 
     Bytes are those a bandwidth-optimal (ring) algorithm makes each rank receive, so they can be compared
     with formulas and across backends. With P ranks and a full tensor of n bytes: all-gather and
-    reduce-scatter n (P-1)/P, all-reduce 2 n (P-1)/P, broadcast n.
+    reduce-scatter n (P-1)/P, all-reduce 2 n (P-1)/P, broadcast n. All-to-all and messages between two ranks count what
+    arrives from others.
     """
 
     def __init__(self) -> None:
         self.tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
+        self.in_flight_s = 0.0
+        self.waited_s = 0.0
 
     def record(self, kind: str, group_name: str, group_size: int, full_bytes: int, label: str = "") -> None:
         """Count one collective of `kind` over a full (unsharded) tensor of `full_bytes`."""
-        tally = self.tallies[group_name, kind, label]
-        tally.calls += 1
         if kind == "broadcast":
-            tally.bytes += full_bytes
+            received = full_bytes
         else:
             passes = 2 if kind == "all_reduce" else 1
-            tally.bytes += passes * full_bytes * (group_size - 1) // group_size
+            received = passes * full_bytes * (group_size - 1) // group_size
+        self.record_received(kind, group_name, received, label)
+
+    def record_received(self, kind: str, group_name: str, received_bytes: int, label: str = "") -> None:
+        """Count one collective whose ranks receive different amounts."""
+        tally = self.tallies[group_name, kind, label]
+        tally.calls += 1
+        tally.bytes += received_bytes
+
+    def record_flight(self, in_flight_s: float, waited_s: float) -> None:
+        """Time a message was under way beside computation, and how much of it this rank stood waiting for it."""
+        self.in_flight_s += in_flight_s
+        self.waited_s += waited_s
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the messages' time under way in which this rank computed; None where nothing was measured."""
+        return 1 - self.waited_s / self.in_flight_s if self.in_flight_s else None
 
     @property
     def total_bytes(self) -> int:
@@ -46,5 +64,16 @@ class TrafficCounter:
             entry.bytes += tally.bytes
         return dict(sums)
 
+    def context(self) -> dict[str, Tally]:
+        """Tallies of context parallelism by kind of layer and strategy, the end of its labels: 'local.halo'."""
+        sums: dict[str, Tally] = defaultdict(Tally)
+        for (group_name, _, label), tally in self.tallies.items():
+            if group_name == "cp":
+                entry = sums[".".join(label.split(".")[-2:])]
+                entry.calls += tally.calls
+                entry.bytes += tally.bytes
+        return dict(sums)
+
     def reset(self) -> None:
         self.tallies.clear()
+        self.in_flight_s = self.waited_s = 0.0

@@ -74,6 +74,9 @@ class Reporter:
             "comm": {name: vars(tally) for name, tally in traffic.by_kind().items()},
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
+        if self.config.parallel.context > 1:
+            row["context"] = {name: vars(tally) for name, tally in traffic.context().items()}
+            row["halo_overlap"] = traffic.overlap
         if result.skipped is not None:
             row |= {"skipped": result.skipped, "samples": samples}
         self._record(row)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint
 from megazebra.config import Config, save_config
+from megazebra.context.choice import resolve_specs, sequence_multiple, strategy_table
 from megazebra.data.batch import MicroBatch
 from megazebra.data.errors import CorpusError
 from megazebra.data.index import builder
@@ -82,7 +83,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
             document_mask=config.data.document_mask,
             cost=_attention_cost(config),
         ),
-        stage=_staging(mesh, device),
+        stage=_staging(config, mesh, device),
     )
     reporter = None
     if mesh.world.rank == 0:
@@ -149,11 +150,16 @@ def _attention_cost(config: Config) -> Callable[[list[int]], float] | None:
     return cost if cost([seq_len]) >= WORTH_BALANCING * cost([1] * seq_len) else None
 
 
-def _staging(mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch], MicroBatch]:
+def _part_of(batch: MicroBatch, config: Config, mesh: ParallelMesh) -> MicroBatch:
+    """What this rank holds of a micro-batch's sequences."""
+    return batch.padded(sequence_multiple(config)).context_slice(mesh.cp.rank, mesh.cp.size)
+
+
+def _staging(config: Config, mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch], MicroBatch]:
     """What the data thread does with a micro-batch after it is put together."""
 
     def stage(batch: MicroBatch) -> MicroBatch:
-        part = batch.context_slice(mesh.cp.rank, mesh.cp.size)
+        part = _part_of(batch, config, mesh)
         if device.type != "cuda":
             return part
         torch.cuda.set_device(device)  # of this thread: pinning on another GPU would take memory there
@@ -164,7 +170,7 @@ def _staging(mesh: ParallelMesh, device: torch.device) -> Callable[[MicroBatch],
 
 def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[[], Iterator[MicroBatch]]:
     return lambda: (
-        batch.context_slice(mesh.cp.rank, mesh.cp.size)
+        _part_of(batch, config, mesh)
         for batch in validation_batches(
             source.samples,
             config.validation.samples,
@@ -216,6 +222,8 @@ def _introduction(
         f"sequence parallel {sequence_parallel}, {device.type}"
     )
     yield f"kernels  {backend}"
+    if mesh.cp.size > 1:
+        yield from strategy_table(config, resolve_specs(config))
     steps, batch_size = config.train.steps, config.train.global_batch_size
     epochs = data.epochs(steps * batch_size)
     yield f"data     {steps} steps of {batch_size * config.data.seq_len:,} tokens; index builder: {builder.describe()}"

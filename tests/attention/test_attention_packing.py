@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from megazebra.attention import Packing
+from megazebra.attention.reference import visible
 
 
 def test_documents_of_two_rows():
@@ -73,3 +74,20 @@ def test_spans_of_different_counts_are_refused():
         Packing.from_spans([[1, 1]], [[2]])
     with pytest.raises(ValueError, match="1 of queries and 2 of keys"):
         Packing.from_spans([[1]], [[1], [1]])
+
+
+@pytest.mark.parametrize(
+    ("first_query", "end_query", "first_key"), [(0, 40, 0), (10, 20, 10), (10, 20, 3), (25, 40, 24), (39, 40, 0)]
+)
+def test_a_part_sees_what_the_whole_sees(first_query, end_query, first_key):
+    whole = Packing.from_document_lengths([[4, 6, 1, 29], [12, 28], [40]])
+    part = whole.part(first_query, end_query, first_key)
+    S, T = end_query - first_query, end_query - first_key
+    seen = visible(40, 40, 7, whole, torch.device("cpu"))[:, first_query:end_query, first_key:end_query]
+    assert torch.equal(visible(S, T, 7, part, torch.device("cpu")).expand_as(seen), seen)
+
+
+def test_a_part_inside_one_document_of_every_row_needs_no_packing():
+    whole = Packing.from_document_lengths([[4, 6, 30], [12, 28]])
+    assert whole.part(15, 40, 12) is None
+    assert whole.part(15, 40, 11) is not None

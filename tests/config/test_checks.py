@@ -50,6 +50,9 @@ def rope(*options: str, kind: str = "rope_global") -> list[str]:
         ["model.max_position_embeddings=9000", *rope(*YARN, kind="rope_local")],
         ["model.max_position_embeddings=131072", *rope(*LLAMA3)],  # Llama 3.1
         ["parallel.sequence_parallel=true", "parallel.tensor=2"],
+        ["parallel.sequence_parallel=true", "parallel.tensor=4", "data.seq_len=1023"],  # padded inside
+        ["parallel.context=3", "data.seq_len=1000"],
+        ["parallel.context=8", "parallel.context_local=halo", "parallel.context_global=ulysses", "parallel.tensor=4"],
         ["train.micro_batch_size=4", "train.global_batch_size=12"],
         ["schedule.warmup_steps=10", "train.steps=10"],
         ["schedule.kind=wsd", "schedule.warmup_steps=4", "schedule.decay_steps=6", "train.steps=10"],
@@ -125,15 +128,15 @@ def test_accepted(overrides: list[str]) -> None:
             ["model.ffn_hidden_size=13: must be divisible by parallel.tensor=4 (next: 16); or lower parallel.tensor"],
         ),
         (
-            ["parallel.tensor=4", "parallel.sequence_parallel=true", "data.seq_len=1023"],
+            ["parallel.context=3", "parallel.context_global=ulysses"],
             [
-                "data.seq_len=1023: must be divisible by parallel.tensor=4 with parallel.sequence_parallel=true "
-                "(next: 1024)"
+                "parallel.context_global=ulysses: needs parallel.context=3 to divide the 32 query heads of a "
+                "tensor-parallel rank; set it to auto, or change parallel.context"
             ],
         ),
         (
-            ["parallel.context=2"],
-            ["parallel.context=2: context parallelism is not available yet in this version; set parallel.context=1"],
+            ["parallel.context_local=halo"],
+            ["parallel.context_local=halo: is not read with parallel.context=1; remove it"],
         ),
         (
             ["data.seq_len=8192"],

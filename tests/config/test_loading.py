@@ -183,7 +183,7 @@ model:
   hidden_size: 64
   hidden_size: 65
 parallel:
-  context: 2
+  context_local: halo
 train:
   guard:
     sigma: no
@@ -197,8 +197,7 @@ schedule: 5
             "tiny.yaml:2: unknown key 'model.windw'; did you mean 'model.window'?",
             "tiny.yaml:3: model.window=0: must be >= 1 (the window counts the query itself)",
             "tiny.yaml:5: model.hidden_size: is given twice in this section (first on line 4); keep one",
-            "tiny.yaml:7: parallel.context=2: context parallelism is not available yet in this version; "
-            "set parallel.context=1",
+            "tiny.yaml:7: parallel.context_local=halo: is not read with parallel.context=1; remove it",
             "tiny.yaml:10: train.guard.sigma='no': must be a number > 0",
             "tiny.yaml:11: validation.interval=4: needs a held-out corpus: set data.validation_path "
             "or data.validation_sources, or validation.interval=0",

@@ -107,6 +107,23 @@ def test_pinned_tensors_are_whole(samples, monkeypatch):
     assert torch.equal(batch.labels_BS, part.labels_BS)
 
 
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_padding_comes_last_and_teaches_nothing(samples, document_mask):
+    batch = collate([samples[0], samples[1]], document_mask=document_mask)
+    S = batch.tokens_BS.shape[1]
+    padded = batch.padded(S + 3)
+    assert padded.tokens_BS.shape == padded.positions_BS.shape == (2, S + 3)
+    assert torch.equal(padded.tokens_BS[:, :S], batch.tokens_BS)
+    assert torch.equal(padded.labels_BS[:, :S], batch.labels_BS)
+    assert (padded.labels_BS[:, S:] == IGNORE_INDEX).all()
+    assert (padded.valid_tokens, padded.seq_len) == (batch.valid_tokens, S)
+    if document_mask:
+        assert padded.document_lengths == [[*row, 3] for row in batch.document_lengths]
+    else:
+        assert padded.document_lengths is None
+    assert batch.padded(S) is batch
+
+
 def step_rows(samples, consumed, dp_size, micro_batch_size, global_batch_size=8):
     """(index, tokens) of a step over all ranks, in the order of the ranks."""
     rows = []

@@ -108,8 +108,8 @@ def _layers_that_change(model: ZebraModel, other: ZebraModel, tokens: Tensor) ->
     for own, their, spec, their_spec in zip(
         model.model.layers, other.model.layers, model.model.specs, other.model.specs, strict=True
     ):
-        out = own.self_attn(x, model.model._rope_table(spec.rope, positions), None)
-        their_out = their.self_attn(x, other.model._rope_table(their_spec.rope, positions), None)
+        out = own.self_attn(x, model.model._rope_table(spec.rope, positions, LENGTH), None)
+        their_out = their.self_attn(x, other.model._rope_table(their_spec.rope, positions, LENGTH), None)
         differs.append(not torch.equal(out, their_out))
     return differs
 

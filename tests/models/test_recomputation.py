@@ -55,7 +55,7 @@ def _flops(model: ZebraModel, tokens: Tensor, labels: Tensor | None) -> int:
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         if labels is None:
             with torch.no_grad():
-                model.model(tokens, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+                model.model(tokens, torch.arange(LENGTH).expand(BATCH, LENGTH), None, LENGTH)
         else:
             model(tokens, labels).backward()
     return counter.get_total_flops()

@@ -176,7 +176,7 @@ def _counted_traffic() -> dict[tuple[str, bool, str], tuple[dict[Any, tuple[int,
                 assert {group for group, _, _ in mesh.traffic.tallies} == {"tp"}
                 mesh.traffic.reset()
                 with torch.no_grad():
-                    model.model(tokens, torch.arange(LENGTH).expand_as(tokens), None)
+                    model.model(tokens, torch.arange(LENGTH).expand_as(tokens), None, LENGTH)
                 counted[name, sequence_parallel, recompute] = step, mesh.traffic.total_bytes
     return counted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megazebra.models.runtime import ModelRuntime
 from megazebra.models.zebra import ZebraModel
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.parallel.sharding import full_shape
+from megazebra.pattern import AttentionSpec
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -38,6 +40,7 @@ def small_config(**changes: Any) -> ModelConfig:
 def make_model(
     config: ModelConfig,
     mesh: ParallelMesh | None = None,
+    specs: Sequence[AttentionSpec] | None = None,
     *,
     backend: str = "blocked",
     dtype: torch.dtype = torch.float32,
@@ -48,7 +51,7 @@ def make_model(
     choice = resolve_backend(
         backend, config.attention_specs(), head_dim=config.head_size, dtype=torch.float32, device=CPU
     )
-    model = ZebraModel(config, mesh, ModelRuntime(backend=choice, **runtime)).to(dtype)
+    model = ZebraModel(config, mesh, ModelRuntime(backend=choice, **runtime), specs).to(dtype)
     load_full_weights(model, random_weights(model), mesh.tp)
     return model
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megazebra.config.schema import Config
+from megazebra.context.choice import sequence_multiple
 from megazebra.data.batch import MicroBatch, collate
 from megazebra.data.index.boundaries import document_positions
 from megazebra.data.samples import Sample
@@ -89,7 +90,7 @@ def step_batches(config: Config, step: int, dp_rank: int, dp_size: int) -> list[
     micro = config.train.micro_batch_size
     first = step * config.train.global_batch_size + dp_rank * share
     return [
-        collate([samples[i] for i in range(start, start + micro)], document_mask=True)
+        collate([samples[i] for i in range(start, start + micro)], document_mask=config.data.document_mask)
         for start in range(first, first + share, micro)
     ]
 
@@ -99,6 +100,17 @@ class Trajectory:
     losses: list[float]
     grad_norms: list[float]
     weights: dict[str, Tensor]
+
+
+def distance(run: Trajectory, reference: Trajectory) -> tuple[float, float, float]:
+    """Largest differences: of losses, of gradient norms (relative), of parameters."""
+    assert run.weights.keys() == reference.weights.keys()
+    assert len(run.losses) == len(reference.losses)
+    return (
+        max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)),
+        max(abs(a - b) / b for a, b in zip(run.grad_norms, reference.grad_norms, strict=True)),
+        max((run.weights[name].double() - reference.weights[name].double()).abs().max().item() for name in run.weights),
+    )
 
 
 def make_engine(config: Config) -> TrainEngine:
@@ -117,7 +129,11 @@ def make_engine(config: Config) -> TrainEngine:
 def run_steps(engine: TrainEngine, config: Config, steps: range) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for step in steps:
-        batches = step_batches(config, step, engine.mesh.dp.rank, engine.mesh.dp.size)
+        cp = engine.mesh.cp
+        batches = [
+            batch.padded(sequence_multiple(config)).context_slice(cp.rank, cp.size)
+            for batch in step_batches(config, step, engine.mesh.dp.rank, engine.mesh.dp.size)
+        ]
         result = engine.train_step(batches, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)

@@ -106,5 +106,5 @@ def test_context_slices_join_to_the_whole() -> None:
     for field in ("tokens_BS", "labels_BS", "positions_BS"):
         joined = torch.cat([getattr(part, field) for part in parts], dim=1)
         torch.testing.assert_close(joined, getattr(batch, field), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"data.seq_len=32 is not divisible by parallel.context=5"):
+    with pytest.raises(ValueError, match=r"32 tokens are not divisible by parallel.context=5"):
         batch.context_slice(0, 5)

@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 from support.distributed import run_distributed
-from support.training import Trajectory, tiny_config, train_plainly, train_under_deepspeed
+from support.training import Trajectory, distance, tiny_config, train_plainly, train_under_deepspeed
 
 from megazebra.config.schema import Config
 
@@ -41,17 +41,6 @@ def truth(optimizer: str) -> Trajectory:
 @functools.cache
 def noise(optimizer: str) -> tuple[float, float, float]:
     return distance(train_plainly(config_for(optimizer)), truth(optimizer))
-
-
-def distance(run: Trajectory, reference: Trajectory) -> tuple[float, float, float]:
-    """Largest differences: of losses, of gradient norms (relative), of parameters."""
-    assert run.weights.keys() == reference.weights.keys()
-    assert len(run.losses) == len(reference.losses)
-    return (
-        max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)),
-        max(abs(a - b) / b for a, b in zip(run.grad_norms, reference.grad_norms, strict=True)),
-        max((run.weights[name].double() - reference.weights[name].double()).abs().max().item() for name in run.weights),
-    )
 
 
 @functools.cache
