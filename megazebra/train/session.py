@@ -24,7 +24,7 @@ from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.sources import Source, TrainingData, open_training_data, open_validation_data
 from megazebra.models.build import build_model, forward, model_runtime
-from megazebra.parallel.collectives import gather_objects
+from megazebra.parallel.collectives import all_reduce, gather_objects
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.plan.flops import parameter_count, training_flops_of
 from megazebra.train.deepspeed_config import effective_zero_stage
@@ -67,6 +67,8 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)
+    # NCCL wants all ranks of a group in its first call, and not every rank has a halo to send.
+    all_reduce(torch.zeros(1, device=device), mesh.cp, label="connect")
     check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
         print(*_introduction(config, mesh, device, data, held_out, runtime.backend.reason), sep="\n", flush=True)
