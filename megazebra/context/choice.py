@@ -92,11 +92,17 @@ def strategy_table(config: Config, specs: Sequence[AttentionSpec]) -> Iterator[s
     yield f"context  {shape.ranks} ranks of {shape.local_len:,} tokens; a layer receives, forward + backward:"
     for spec in dict.fromkeys(specs):
         kind = f"local {spec.window}" if spec.is_local else "global"
-        named = {option.name: option.received for option in options(spec, shape) if option.received is not None}
-        others = ", ".join(f"{name} {_megabytes(each)}" for name, each in named.items() if name != spec.context)
-        line = f"  {specs.count(spec)} {kind} layers: {spec.context} {_megabytes(named[spec.context])}"
-        yield f"{line} (not {others})" if others else line
+        named = {option.name: option for option in options(spec, shape)}
+        line = f"  {specs.count(spec)} {kind} layers: {_in_words(named.pop(spec.context))}"
+        yield f"{line} (not {'; '.join(_in_words(other) for other in named.values() if _is_news(other, spec))})"
 
 
-def _megabytes(received: Received) -> str:
-    return f"{received.forward / 1e6:,.2f} + {received.backward / 1e6:,.2f} MB"
+def _in_words(option: Option) -> str:
+    if option.received is None:
+        return f"{option.name}, as {option.refusal}"
+    return f"{option.name} {option.received.forward / 1e6:,.2f} + {option.received.backward / 1e6:,.2f} MB"
+
+
+def _is_news(option: Option, spec: AttentionSpec) -> bool:
+    """Nobody expects a halo of a layer without a window."""
+    return spec.is_local or option.name != "halo"

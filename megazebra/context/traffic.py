@@ -57,8 +57,9 @@ def received(strategy: str, spec: AttentionSpec, shape: Shape, rank: int) -> Rec
 
 
 def busiest(strategy: str, spec: AttentionSpec, shape: Shape) -> Received:
-    """The rank that receives most."""
-    return max((received(strategy, spec, shape, rank) for rank in range(shape.ranks)), key=lambda each: each.total)
+    """The most that any rank receives in each pass: the first rank has no halo, the last one lends none."""
+    ranks = [received(strategy, spec, shape, rank) for rank in range(shape.ranks)]
+    return Received(max(each.forward for each in ranks), max(each.backward for each in ranks))
 
 
 def _halo(spec: AttentionSpec, shape: Shape, rank: int) -> Received:

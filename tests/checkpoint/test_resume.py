@@ -48,8 +48,8 @@ def train_with_and_without_stop(configs: list[Config]) -> list[tuple[Trajectory,
     return results
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 2)])
-def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
+@pytest.mark.parametrize(("tp", "cp", "dp"), [(1, 1, 2), (2, 1, 2), (1, 2, 1)])
+def test_resume_is_bitwise(tp: int, cp: int, dp: int, tmp_path: object) -> None:
     cases = [
         (stage, precision, optimizer)
         for stage, precision, optimizer in [
@@ -63,6 +63,7 @@ def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
             parallel__zero_stage=stage,
             parallel__tensor=tp,
             parallel__sequence_parallel=tp > 1,
+            parallel__context=cp,
             train__precision=precision,
             train__steps=STEPS,
             train__micro_batch_size=2,
@@ -72,7 +73,7 @@ def test_resume_is_bitwise(tp: int, dp: int, tmp_path: object) -> None:
         )
         for stage, precision, optimizer in cases
     ]
-    for rank in run_distributed(train_with_and_without_stop, tp * dp, configs):
+    for rank in run_distributed(train_with_and_without_stop, tp * cp * dp, configs):
         for case, (whole, resumed) in zip(cases, rank, strict=True):
             assert resumed.losses == whole.losses, case
             assert resumed.grad_norms == whole.grad_norms, case

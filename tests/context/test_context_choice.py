@@ -74,4 +74,9 @@ def test_the_table_names_every_kind_of_layer() -> None:
         "1 local 128 layers",
     ]
     assert "ulysses 117.44 + 117.44 MB (not allgather" in lines[0]
-    assert "halo 8.37 + 8.37 MB (not ulysses 117.44 + 117.44 MB, allgather 469.76 + 939.52 MB)" in lines[1]
+    assert "halo 8.37 + 8.37 MB (not ulysses 117.44 + 117.44 MB; allgather 469.76 + 939.52 MB)" in lines[1]
+    heads = config({"pattern": "G"}, context=3)
+    lines = list(strategy_table(heads, resolve_specs(heads)))
+    assert (
+        "(not ulysses, as parallel.context=3 does not divide the 32 query heads of a tensor-parallel rank)" in lines[1]
+    )
