@@ -37,6 +37,10 @@ EVERY_CASE = [
 LAYOUTS = [(2, 1, 1), (2, 1, 2), (4, 1, 1), (2, 2, 1), (4, 2, 1)]
 
 
+def layout_name(layout: Layout) -> str:
+    return "cp{}-tp{}-dp{}".format(*layout)
+
+
 def some_cases(number: int) -> list[Case]:
     """Every stage twice, the other choices in turns; over the layouts every stage meets every pattern."""
     cases = []
@@ -68,10 +72,16 @@ def config_for(case: Case, layout: Layout = (1, 1, 1), **more: Any) -> Config:
 
 
 @functools.cache
-def truth_and_noise(case: Case, **more: Any) -> tuple[Trajectory, tuple[float, float, float]]:
-    config = config_for(case, **more)
-    truth = train_plainly(config, float64)
-    return truth, distance(train_plainly(config), truth)
+def truth(case: Case, **more: Any) -> Trajectory:
+    return train_plainly(config_for(case, **more), float64)
+
+
+@functools.cache
+def noise(optimizer: str) -> tuple[float, ...]:
+    """The furthest of some plain runs: how far one run strays is luck, by a factor of ten."""
+    cases = [(0, pattern, packed, optimizer, WINDOWS[0]) for pattern in PATTERNS for packed in (True, False)]
+    distances = [distance(train_plainly(config_for(case)), truth(case)) for case in cases]
+    return tuple(map(max, zip(*distances, strict=True)))
 
 
 def check(layout: Layout, cases: Sequence[Case], **more: Any) -> None:
@@ -79,22 +89,22 @@ def check(layout: Layout, cases: Sequence[Case], **more: Any) -> None:
     configs = [config_for(case, layout, **more) for case in cases]
     for rank in run_distributed(train_under_deepspeed, cp * tp * dp, configs, timeout=3600):
         for case, run in zip(cases, rank, strict=True):
-            truth, noise = truth_and_noise((0, *case[1:]), **more)
+            plain = truth((0, *case[1:]), **more)
             for what, found, limit in zip(
-                ("loss", "gradient norm", "parameter"), distance(run, truth), noise, strict=True
+                ("loss", "gradient norm", "parameter"), distance(run, plain), noise(case[3]), strict=True
             ):
                 assert found <= TIMES_THE_NOISE * limit, (
                     f"{layout} {case}: {what} off by {found:.2e}, noise {limit:.2e}"
                 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 def test_trains_like_the_plain_loop(layout: Layout) -> None:
     cases = some_cases(LAYOUTS.index(layout))
     check(layout, cases[::2] if layout == (4, 2, 1) else cases)  # eight ranks take their time
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=layout_name)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_and_padding(layout: Layout, recompute: str) -> None:
     """29 tokens fit no layout: they are padded to 30 or 32."""
@@ -110,6 +120,7 @@ def test_strategies_that_were_asked_for(strategy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("layout", [(1, 2, 1), *LAYOUTS], ids=str)
+@pytest.mark.parametrize("layout", [(1, 2, 1), *LAYOUTS], ids=layout_name)
 def test_every_case(layout: Layout) -> None:
-    check(layout, EVERY_CASE)
+    for first in range(0, len(EVERY_CASE), 8):  # every engine leaves threads of its groups behind
+        check(layout, EVERY_CASE[first : first + 8])

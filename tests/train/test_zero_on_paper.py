@@ -1,8 +1,10 @@
-"""What ZeRO leaves each of 512 ranks of the optimizer's states: DeepSpeed itself, as one of them."""
+"""What ZeRO leaves on each of 512 ranks: DeepSpeed's own answer for a small model, and 7B and 70B by arithmetic."""
 
 from __future__ import annotations
 
-import pytest
+from typing import NamedTuple
+
+import torch
 import torch.distributed as dist
 from support.distributed import run_distributed
 from support.fake_ranks import become_rank, model_on_paper, rank_of
@@ -14,43 +16,65 @@ from megazebra.parallel.mesh import ParallelMesh
 from megazebra.plan.flops import parameter_count
 from megazebra.train.engine import start_deepspeed
 
-
-def zero_shard(numels: list[int], stage: int, ranks: int) -> int:
-    """Elements of an optimizer's group on each rank: stage 3 shards every weight, 1 and 2 all of them end to end."""
-    return sum(-(-numel // ranks) for numel in numels) if stage == 3 else 2 * -(-sum(numels) // (2 * ranks))
+STAGES = (1, 2, 3)
 
 
-def _groups(parameters: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Numbers of elements of matrices and of vectors, which decay apart."""
-    return [numel for ndim, numel in parameters if ndim > 1], [numel for ndim, numel in parameters if ndim == 1]
+class Held(NamedTuple):
+    """Elements on a rank: of the weights, and of each of the optimizer's two groups (master weights; each moment
+    is as large again).
+    """
+
+    weights: int
+    matrices: int
+    vectors: int
 
 
-def _zero_buffers(stage: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Dimensions and elements of a small model's weights, and the sizes of what DeepSpeed gives its optimizer."""
+def share(shapes: list[torch.Size], stage: int, ranks: int) -> Held:
+    """Stage 3 shards every weight, padded; stages 1 and 2 a group's weights end to end, in pairs of elements."""
+
+    def sharded(ndim: int) -> int:
+        numels = [shape.numel() for shape in shapes if len(shape) == ndim]
+        return sum(-(-numel // ranks) for numel in numels) if stage == 3 else 2 * -(-sum(numels) // (2 * ranks))
+
+    matrices, vectors = sharded(2), sharded(1)
+    return Held(matrices + vectors if stage == 3 else sum(shape.numel() for shape in shapes), matrices, vectors)
+
+
+def _under_deepspeed(context: int) -> list[tuple[list[torch.Size], Held]]:
+    """Shapes of a small model's weights, and what rank 9 holds of them, by stage."""
     dist.destroy_process_group()
     become_rank(9, WORLD)
     start_deepspeed(CPU, timeout_s=60)
-    engine = make_engine(
-        tiny_config(parallel__tensor=4, parallel__context=CONTEXT, parallel__zero_stage=stage, train__precision="bf16",
-                    train__global_batch_size=16)
-    )  # fmt: skip
-    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in engine.module.parameters()]
-    buffers = {id(piece.buffer): piece.buffer for piece in owned_pieces(engine)}
-    engine.deepspeed.destroy()
-    return [(len(shape), shape.numel()) for shape in shapes], [buffer.numel() for buffer in buffers.values()]
+    found = []
+    for stage in STAGES:
+        engine = make_engine(
+            tiny_config(parallel__tensor=4, parallel__context=context, parallel__zero_stage=stage,
+                        train__precision="bf16", train__global_batch_size=WORLD // 4 // context)
+        )  # fmt: skip
+        # Under stage 3 the parameters themselves are empty.
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+        weights = sum(getattr(p, "ds_tensor", p).numel() for p in engine.module.parameters())
+        buffers = {len(shapes[piece.name]): piece.buffer.numel() for piece in owned_pieces(engine)}
+        found.append((list(shapes.values()), Held(weights, matrices=buffers[2], vectors=buffers[1])))
+        engine.deepspeed.destroy()
+    return found
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_shards_optimizer_states_over_data_and_context_ranks(stage: int) -> None:
-    """DeepSpeed itself, as one of 512 ranks; then the two large models by the same arithmetic."""
-    ((parameters, buffers),) = run_distributed(_zero_buffers, 1, stage)
-    assert sorted(buffers) == sorted(zero_shard(group, stage, WORLD // 4) for group in _groups(parameters))
+def test_a_rank_holds_its_share_over_data_and_context_ranks() -> None:
+    (found,) = run_distributed(_under_deepspeed, 1, CONTEXT)
+    for stage, (shapes, held) in zip(STAGES, found, strict=True):
+        assert held == share(shapes, stage, WORLD // 4), stage
+
+
+def test_shares_of_all_ranks_make_the_large_models() -> None:
     for size, tp in TENSOR.items():
         config = layout(size)
         with rank_of(WORLD, 9):
             model = model_on_paper(config, ParallelMesh.build(config.parallel))
-        groups = _groups([(parameter.ndim, parameter.numel()) for parameter in model.parameters()])
-        shards = sum(zero_shard(group, stage, WORLD // tp) for group in groups)
-        # Norms are on every tensor-parallel rank, and nothing else is there twice.
+        # Norms are on every tensor-parallel rank, nothing else is there twice, and these sizes need no padding.
         norms = (2 * config.model.num_layers + 1) * config.model.hidden_size
-        assert shards * WORLD == parameter_count(config.model) + (tp - 1) * norms
+        whole = parameter_count(config.model) + (tp - 1) * norms
+        for stage in STAGES:
+            held = share([parameter.shape for parameter in model.parameters()], stage, WORLD // tp)
+            assert (held.matrices + held.vectors) * WORLD == whole
+            assert held.weights * (WORLD if stage == 3 else tp) == whole
