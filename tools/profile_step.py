@@ -9,7 +9,6 @@ parts, which makes the step a little slower than it is.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ from megazebra.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.train.deepspeed_config import build_deepspeed_config
 from megazebra.train.engine import TrainEngine, start_deepspeed
+from megazebra.train.session import own_device
 
 MEASURED_STEPS = 3
 REST = "the rest"
@@ -140,10 +140,7 @@ def main() -> None:
     command = parse_command_line(sys.argv[1:])
     config = load_config(command.config_path, command.overrides)
     check_world(config, world_size())
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+    device = own_device()
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel)

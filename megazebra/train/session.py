@@ -60,7 +60,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
 
     Raises ValueError (data, backend, run folder) and CheckpointError, before anything is written.
     """
-    device = _device()
+    device = own_device()
     data, held_out = open_training_data(config), open_validation_data(config)
     _check_run_folder(config)
     check_trackers(config)
@@ -114,7 +114,8 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     dist.destroy_process_group()
 
 
-def _device() -> torch.device:
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU with its share of the threads. Raises ValueError when it has none of the GPUs."""
     if torch.cuda.is_available():
         local_rank, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if visible == 1:  # Slurm can give each task a GPU of its own, which is then the only one it sees

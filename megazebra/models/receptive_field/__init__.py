@@ -1,0 +1,1 @@
+"""The receptive-field test: which keys every kind of layer really sees, under a layout, against which it should."""
