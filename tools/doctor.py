@@ -39,7 +39,7 @@ def main() -> None:
     device = own_device()
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
-    mesh = ParallelMesh.build(config.parallel)
+    mesh = ParallelMesh.build(config.parallel, device)
 
     def say(line: str) -> None:
         if mesh.world.rank == 0:

@@ -30,7 +30,7 @@ from megazebra.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.train.deepspeed_config import build_deepspeed_config
 from megazebra.train.engine import TrainEngine, start_deepspeed
-from megazebra.train.session import own_device
+from megazebra.train.session import own_device, part_of
 
 MEASURED_STEPS = 3
 REST = "the rest"
@@ -143,7 +143,7 @@ def main() -> None:
     device = own_device()
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
-    mesh = ParallelMesh.build(config.parallel)
+    mesh = ParallelMesh.build(config.parallel, device)
     clock = Clock(device)
     engine = TrainEngine(
         config,
@@ -155,7 +155,7 @@ def main() -> None:
     )
     engine.deepspeed.step = clock.timed("optimizer", engine.deepspeed.step)
     micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * mesh.dp.size)
-    batches = [random_batch(config, device).context_slice(mesh.cp.rank, mesh.cp.size) for _ in range(micro_batches)]
+    batches = [part_of(random_batch(config, device), config, mesh) for _ in range(micro_batches)]
     for step in range(1 + MEASURED_STEPS):
         if step == 1:
             clock.reset()

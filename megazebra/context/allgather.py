@@ -9,6 +9,7 @@ that this rank computes.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
-from megazebra.context.dealing import Deal, deal_queries
-from megazebra.context.replay import Replay, received
+from megazebra.context.dealing import deal_queries
+from megazebra.context.replay import Replay, kept
 from megazebra.parallel.collectives import all_gather, reduce_scatter
 from megazebra.parallel.mesh import Group
 from megazebra.parallel.messages import all_to_all
@@ -39,109 +40,135 @@ def attend(
     replay: Replay | None = None,
 ) -> Tensor:
     """Output [B, n, H, D] of this rank's queries; `packing` is that of the whole sequences."""
-    seq_len = q_BSHD.shape[1] * group.size
-    deal, packings = _plan(packing, seq_len, group, spec.window)
-    moves = _Moves(deal, group, label, replay)
-    k_BSGD, v_BSGD = _Gather.apply(k_BSGD, v_BSGD, moves)
-    q_BmHD = _Deal.apply(q_BSHD, moves)
-    chunks = deal.chunks[group.rank]
-    outs = []
-    for (first, end), own_packing, q_chunk in zip(
-        chunks, packings, q_BmHD.split([end - first for first, end in chunks], dim=1), strict=True
-    ):
-        keys = slice(_first_key(packing, spec.window, first), end)
-        outs.append(
-            backend.attend(q_chunk, k_BSGD[:, keys], v_BSGD[:, keys], spec=spec, packing=own_packing, sinks_H=sinks_H)
+    plan = _plan_of(packing, q_BSHD.shape[1] * group.size, group.rank, group.size, spec.window)
+    moves = _Moves(plan, group, label, replay)
+    keys_and_values = _Gather.apply(k_BSGD, v_BSGD, moves)
+    q_BmHD = q_BSHD if plan.deal.nothing_moves else _Deal.apply(q_BSHD, moves)
+    chunks = len(plan.keys)
+    outs = [
+        backend.attend(q, k, v, spec=spec, packing=part, sinks_H=sinks_H)
+        for q, k, v, part in zip(
+            q_BmHD.split(plan.queries, dim=1),
+            keys_and_values[:chunks],
+            keys_and_values[chunks:],
+            plan.packings,
+            strict=True,
         )
-    return _Return.apply(torch.cat(outs, dim=1), moves)
+    ]
+    out_BmHD = outs[0] if chunks == 1 else torch.cat(outs, dim=1)
+    return out_BmHD if plan.deal.nothing_moves else _Return.apply(out_BmHD, moves)
 
 
-def _plan(packing: Packing | None, seq_len: int, group: Group, window: int | None) -> tuple[Deal, list[Packing | None]]:
+class _Plan:
+    """Which queries this rank computes, chunk after chunk, and how they travel: laid out on the host, once per batch.
+
+    queries, keys, packings: of every chunk, the number of its queries, the keys they read, and their documents.
+    leaving: for every rank the parts of this one's queries that it computes, as (first, end).
+    rows_out, rows_in: for every rank, how many queries go there and come from there.
+    """
+
+    def __init__(self, packing: Packing | None, seq_len: int, rank: int, ranks: int, window: int | None) -> None:
+        starts_BS = None if packing is None else packing.host_start_BS
+        self.deal = deal_queries(starts_BS, seq_len, ranks, window)
+        self.queries: list[int] = []
+        self.keys: list[slice] = []
+        self.packings: list[Packing | None] = []
+        for first, end in self.deal.chunks[rank]:
+            first_key = 0 if window is None else max(0, first - window + 1)
+            if starts_BS is not None:
+                first_key = max(first_key, int(starts_BS[:, first].min()))
+            self.queries.append(end - first)
+            self.keys.append(slice(first_key, end))
+            self.packings.append(None if packing is None else packing.part(first, end, first_key))
+        self.leaving = [self.deal.between(rank, computer) for computer in range(ranks)]
+        self.rows_out = [self.deal.rows(rank, computer) for computer in range(ranks)]
+        self.rows_in = [self.deal.rows(holder, rank) for holder in range(ranks)]
+
+
+def _plan_of(packing: Packing | None, seq_len: int, rank: int, ranks: int, window: int | None) -> _Plan:
     if packing is None:
-        deal = deal_queries(None, seq_len, group.size, window)
-        return deal, [None] * len(deal.chunks[group.rank])
-    key = ("allgather", window, group.rank, group.size)
+        return _plan_of_whole(seq_len, rank, ranks, window)
+    key = ("allgather", window, rank, ranks)
     if key not in packing.derived:
-        deal = deal_queries(packing.host_start_BS, seq_len, group.size, window)
-        chunks = deal.chunks[group.rank]
-        packing.derived[key] = (
-            deal,
-            [packing.part(first, end, _first_key(packing, window, first)) for first, end in chunks],
-        )
+        packing.derived[key] = _Plan(packing, seq_len, rank, ranks, window)
     return packing.derived[key]
 
 
-def _first_key(packing: Packing | None, window: int | None, query: int) -> int:
-    """The first key that the query, or any after it, reads in any row."""
-    in_window = 0 if window is None else max(0, query - window + 1)
-    return in_window if packing is None else max(in_window, int(packing.host_start_BS[:, query].min()))
+@lru_cache(maxsize=64)
+def _plan_of_whole(seq_len: int, rank: int, ranks: int, window: int | None) -> _Plan:
+    return _Plan(None, seq_len, rank, ranks, window)
 
 
 class _Moves:
     """Rows of queries or outputs, to the ranks that compute them and back."""
 
-    def __init__(self, deal: Deal, group: Group, label: str, replay: Replay | None) -> None:
-        self.deal, self.group, self.label, self.replay = deal, group, label, replay
-        ranks = range(group.size)
-        self.leaving = [deal.between(group.rank, computer) for computer in ranks]
-        self.rows_out = [deal.rows(group.rank, computer) for computer in ranks]
-        self.rows_in = [deal.rows(holder, group.rank) for holder in ranks]
-        self.nothing_moves = all(deal.rows_out(rank) == 0 for rank in ranks)
+    def __init__(self, plan: _Plan, group: Group, label: str, replay: Replay | None) -> None:
+        self.plan, self.group, self.label, self.replay = plan, group, label, replay
 
     def to_computers(self, x_BSHD: Tensor) -> Tensor:
         """[B, n, H, D] -> [B, m, H, D]"""
-        if self.nothing_moves:
-            return x_BSHD
-        parts = [x_BSHD[:, first:end] for chunks in self.leaving for first, end in chunks]
-        return torch.cat(self._exchange(torch.cat(parts, dim=1), self.rows_out, self.rows_in), dim=1)
+        parts = [x_BSHD[:, first:end] for chunks in self.plan.leaving for first, end in chunks]
+        return self._exchange(torch.cat(parts, dim=1), self.plan.rows_out, self.plan.rows_in)
 
     def to_holders(self, x_BmHD: Tensor) -> Tensor:
         """[B, m, H, D] -> [B, n, H, D]"""
-        if self.nothing_moves:
-            return x_BmHD
-        arrived = self._exchange(x_BmHD, self.rows_in, self.rows_out)
-        out_BSHD = x_BmHD.new_empty((x_BmHD.shape[0], sum(self.rows_out), *x_BmHD.shape[2:]))
-        for chunks, rows in zip(self.leaving, arrived, strict=True):
-            for (first, end), part in zip(
-                chunks, rows.split([end - first for first, end in chunks], dim=1), strict=True
-            ):
-                out_BSHD[:, first:end] = part
+        arrived = self._exchange(x_BmHD, self.plan.rows_in, self.plan.rows_out)
+        out_BSHD = torch.empty_like(arrived)
+        chunks = [chunk for of_rank in self.plan.leaving for chunk in of_rank]
+        for (first, end), part in zip(
+            chunks, arrived.split([end - first for first, end in chunks], dim=1), strict=True
+        ):
+            out_BSHD[:, first:end] = part
         return out_BSHD
 
-    def _exchange(self, x_BmHD: Tensor, rows_out: list[int], rows_in: list[int]) -> tuple[Tensor, ...]:
-        """Rows for rank 0, 1, ... side by side -> the rows from rank 0, 1, ..."""
+    def _exchange(self, x_BmHD: Tensor, rows_out: list[int], rows_in: list[int]) -> Tensor:
+        """Rows for rank 0, 1, ... side by side -> the rows from rank 0, 1, ... side by side."""
         # Sequence first, so that each rank's rows lie together; for one sequence per rank (B = 1) nothing is copied.
         leading = x_BmHD.transpose(0, 1).contiguous()
         size = leading[0].numel()
-        incoming = all_to_all(leading.flatten(), [rows * size for rows in rows_out], [rows * size for rows in rows_in],
-                              self.group, label=self.label)  # fmt: skip
-        return incoming.view(-1, *leading.shape[1:]).transpose(0, 1).split(rows_in, dim=1)
+        incoming = all_to_all(
+            leading.flatten(),
+            [rows * size for rows in rows_out],
+            [rows * size for rows in rows_in],
+            self.group,
+            label=self.label,
+        )
+        return incoming.view(-1, *leading.shape[1:]).transpose(0, 1)
 
 
 class _Gather(torch.autograd.Function):
+    """The keys that every chunk reads, then the values."""
+
     @staticmethod
     def forward(ctx: Any, k_BSGD: Tensor, v_BSGD: Tensor, moves: _Moves) -> tuple[Tensor, ...]:
-        ctx.moves = moves
-
         def exchange() -> Tensor:
             return all_gather(torch.cat([k_BSGD, v_BSGD], dim=2), moves.group, dim=1, label=moves.label)
 
-        return received(moves.replay, exchange).chunk(2, dim=2)
+        both = kept(moves.replay, exchange)
+        ctx.moves, ctx.shape = moves, both.shape
+        return tuple(x[:, keys] for x in both.chunk(2, dim=2) for keys in moves.plan.keys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dk_BSGD: Tensor, dv_BSGD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         moves: _Moves = ctx.moves
-        both = torch.cat([dk_BSGD, dv_BSGD], dim=2).to(torch.promote_types(dk_BSGD.dtype, torch.float32))
-        both = reduce_scatter(both, moves.group, dim=1, label=moves.label).to(dk_BSGD.dtype)
-        return *both.chunk(2, dim=2), None  # type: ignore[return-value]
+        dtype = gradients[0].dtype
+        both = gradients[0].new_zeros(ctx.shape, dtype=torch.promote_types(dtype, torch.float32))
+        dk_BSGD, dv_BSGD = both.chunk(2, dim=2)
+        chunks = len(moves.plan.keys)
+        for keys, dk, dv in zip(moves.plan.keys, gradients[:chunks], gradients[chunks:], strict=True):
+            dk_BSGD[:, keys] += dk
+            dv_BSGD[:, keys] += dv
+        own = reduce_scatter(both, moves.group, dim=1, label=moves.label).to(dtype)
+        return *own.chunk(2, dim=2), None  # type: ignore[return-value]
 
 
 class _Deal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, moves: _Moves) -> Tensor:
         ctx.moves = moves
-        q_BmHD = received(moves.replay, lambda: moves.to_computers(q_BSHD))
+        q_BmHD = kept(moves.replay, lambda: moves.to_computers(q_BSHD))
+        # A tensor of its own: the one that is kept must not become part of the graph that keeps it.
         return q_BmHD.view_as(q_BmHD)
 
     @staticmethod
@@ -154,7 +181,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_BmHD: Tensor, moves: _Moves) -> Tensor:
         ctx.moves = moves
-        out_BSHD = received(moves.replay, lambda: moves.to_holders(out_BmHD))
+        out_BSHD = kept(moves.replay, lambda: moves.to_holders(out_BmHD))
         return out_BSHD.view_as(out_BSHD)
 
     @staticmethod

@@ -93,7 +93,8 @@ def strategy_table(config: Config, specs: Sequence[AttentionSpec]) -> Iterator[s
     for spec in dict.fromkeys(specs):
         kind = f"local {spec.window}" if spec.is_local else "global"
         named = {option.name: option for option in options(spec, shape)}
-        line = f"  {specs.count(spec)} {kind} layers: {_in_words(named.pop(spec.context))}"
+        layers = f"{specs.count(spec)} {kind} layer{'s' if specs.count(spec) > 1 else ''}"
+        line = f"  {layers}: {_in_words(named.pop(spec.context))}"
         yield f"{line} (not {'; '.join(_in_words(other) for other in named.values() if _is_news(other, spec))})"
 
 

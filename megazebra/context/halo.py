@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
-from megazebra.context.replay import Replay, received
+from megazebra.context.replay import Replay, kept
 from megazebra.parallel.mesh import Group
 from megazebra.parallel.messages import Flight, Message
 from megazebra.pattern import AttentionSpec
@@ -59,12 +59,17 @@ def attend(
     label: str = "",
     replay: Replay | None = None,
 ) -> Tensor:
-    """Output [B, n, H, D] of this rank's queries; `packing` is that of the whole sequences."""
+    """Output [B, n, H, D] of this rank's queries; `packing` is that of the whole sequences.
+
+    Keys and values want gradients on all ranks or on none, and backward runs through them where they do: gradients
+    travel whether a rank needs them or not. For backward the output is held twice, in parts and joined.
+    """
     assert spec.window is not None, "a global layer has no halo"
     n = q_BSHD.shape[1]
     halo = plan_halo(packing, spec.window, n, group.rank, group.size)
     trip = _Trip(halo, group, label, replay, k_BSGD)
-    k_BSGD, v_BSGD = _Lend.apply(k_BSGD, v_BSGD, trip)
+    k_BSGD, v_BSGD, sinks_H = _Lend.apply(k_BSGD, v_BSGD, sinks_H, trip)
+    trip.returns = k_BSGD.requires_grad
     trip.send_keys(k_BSGD.detach(), v_BSGD.detach())
     q_head, q_rest = q_BSHD.split([halo.readers, n - halo.readers], dim=1)
     outs = []
@@ -122,6 +127,7 @@ class _Trip:
         self._like = k_BSGD.new_empty(0)
         self._flight: Flight | None = None
         self._buffers: list[Tensor] = []
+        self.returns = False  # whether gradients travel back
         self.head_gradients: tuple[Tensor, Tensor] | None = None  # of this rank's own keys, from the readers
 
     def send_keys(self, k: Tensor, v: Tensor) -> None:
@@ -132,7 +138,7 @@ class _Trip:
 
     def take_keys(self) -> list[Tensor]:
         """[2, B, keys, G, D] from every rank to the left, leftmost first."""
-        return received(self.replay, self._arrived)
+        return kept(self.replay, self._arrived)
 
     def end(self) -> None:
         """Of forward: what this rank has sent is there."""
@@ -165,16 +171,23 @@ class _Trip:
 
 
 class _Lend(torch.autograd.Function):
-    """Keys and values as they are; in backward, the sum of all gradients of them, wherever they were read."""
+    """Keys and values as they are; in backward, the sum of all gradients of them, wherever they were read.
+
+    The sinks pass through only to get their gradient after the messages: hooks of ZeRO's reduce the gradient of a
+    parameter at once, and all ranks must send and reduce in one order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, k_BSGD: Tensor, v_BSGD: Tensor, trip: _Trip) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, k_BSGD: Tensor, v_BSGD: Tensor, sinks_H: Tensor | None, trip: _Trip
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.trip = trip
-        return k_BSGD.view_as(k_BSGD), v_BSGD.view_as(v_BSGD)
+        sinks_H = None if sinks_H is None else sinks_H.view_as(sinks_H)
+        return k_BSGD.view_as(k_BSGD), v_BSGD.view_as(v_BSGD), sinks_H
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dk: Tensor, dv: Tensor, dsinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, None]:
         trip: _Trip = ctx.trip
         parts = [] if trip.head_gradients is None else [(slice(0, trip.halo.readers), trip.head_gradients)]
         parts += [(slice(-part.shape[2], None), tuple(part)) for part in trip.take_gradients()]
@@ -182,6 +195,7 @@ class _Lend(torch.autograd.Function):
         return (
             _sum(dk, [(rows, part[0]) for rows, part in parts]),
             _sum(dv, [(rows, part[1]) for rows, part in parts]),
+            dsinks,
             None,
         )
 
@@ -231,6 +245,6 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         trip: _Trip = ctx.trip
-        if not trip.halo.readers:
+        if trip.returns and not trip.halo.readers:
             trip.expect_gradients()
         return None, *dout.split(ctx.lengths, dim=1)

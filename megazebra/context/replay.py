@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-Received = TypeVar("Received")
+T = TypeVar("T")
 
 
 class Replay:
@@ -23,15 +23,16 @@ class Replay:
     def replaying(self) -> bool:
         return self._passes > 1
 
-    def receive(self, exchange: Callable[[], Received]) -> Received:
+    def receive(self, exchange: Callable[[], T]) -> T:
         """What `exchange` returns, or returned at this place in the first pass."""
         if self.replaying:
+            assert self._receipts, "a graph that is recomputed has one backward"
             return self._receipts.pop(0)  # type: ignore[return-value]
         receipt = exchange()
         self._receipts.append(receipt)
         return receipt
 
 
-def received(replay: Replay | None, exchange: Callable[[], Received]) -> Received:
+def kept(replay: Replay | None, exchange: Callable[[], T]) -> T:
     """The same where nothing is kept without recomputation."""
     return exchange() if replay is None else replay.receive(exchange)

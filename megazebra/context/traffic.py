@@ -50,7 +50,10 @@ class Received:
 
 
 def received(strategy: str, spec: AttentionSpec, shape: Shape, rank: int) -> Received:
-    """For one micro-batch of sequences that are one document each; documents can only make a halo smaller."""
+    """For one micro-batch of sequences that are one document each.
+
+    Documents can only make a halo smaller; under `allgather` other queries may move than these.
+    """
     if shape.ranks == 1:
         return Received(0, 0)
     return _FORMULAS[strategy](spec, shape, rank)

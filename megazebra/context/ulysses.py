@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from megazebra.attention.backend import BackendChoice
 from megazebra.attention.packing import Packing
 from megazebra.context.heads import HeadSplit
-from megazebra.context.replay import Replay, received
+from megazebra.context.replay import Replay, kept
 from megazebra.parallel.mesh import Group
 from megazebra.parallel.messages import all_to_all
 from megazebra.pattern import AttentionSpec
@@ -48,8 +48,7 @@ def attend(
     q_BShD, k_BSgD, v_BSgD = _ToHeads.apply(q_BSHD, k_BSGD, v_BSGD, heads, swap)
     slots = heads.slots(group.rank)
     if slots != list(range(len(slots))):  # groups of queries that kernels could not tell apart
-        index = torch.tensor(slots, device=k_BSgD.device)
-        k_BSgD, v_BSgD = k_BSgD.index_select(2, index), v_BSgD.index_select(2, index)
+        k_BSgD, v_BSgD = (torch.cat([x[:, :, slot : slot + 1] for slot in slots], dim=2) for x in (k_BSgD, v_BSgD))
     if sinks_H is not None:
         sinks_H = sinks_H.split(heads.heads_per_rank)[group.rank]
     out_BShD = backend.attend(q_BShD, k_BSgD, v_BSgD, spec=spec, packing=packing, sinks_H=sinks_H)
@@ -103,7 +102,7 @@ class _ToHeads(torch.autograd.Function):
                  for q, g in zip(q_BSHD.split(heads.heads_per_rank, dim=2), own, strict=True)]
             )  # fmt: skip
 
-        return received(swap.replay, exchange).split(_counts(heads, swap.group.rank), dim=2)
+        return kept(swap.replay, exchange).split(_counts(heads, swap.group.rank), dim=2)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +126,7 @@ class _ToSequence(torch.autograd.Function):
     def forward(ctx: Any, out_BShD: Tensor, swap: _Swap) -> Tensor:
         ctx.swap = swap
         counts = [out_BShD.shape[2]] * swap.group.size
-        out_BSHD = received(swap.replay, lambda: torch.cat(swap.to_sequence([out_BShD], counts), dim=2))
+        out_BSHD = kept(swap.replay, lambda: torch.cat(swap.to_sequence([out_BShD], counts), dim=2))
         # A tensor of its own: the one that is kept must not become part of the graph that keeps it.
         return out_BSHD.view_as(out_BSHD)
 

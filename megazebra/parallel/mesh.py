@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megazebra.config.schema import ParallelConfig
@@ -48,10 +49,11 @@ class ParallelMesh:
     traffic: TrafficCounter
 
     @classmethod
-    def build(cls, config: ParallelConfig) -> ParallelMesh:
+    def build(cls, config: ParallelConfig, device: torch.device | None = None) -> ParallelMesh:
         """The mesh over all ranks of torch.distributed, or of this one process where that is not running.
 
-        Every rank must call it (groups are created collectively).
+        Every rank must call it (groups are created collectively). device: connect context-parallel ranks there at once,
+        since NCCL wants all ranks in a group's first call, and not every rank has a halo to send.
         Raises ValueError when the world size is not divisible by tensor * context.
         """
         distributed = dist.is_initialized()
@@ -65,24 +67,30 @@ class ParallelMesh:
         traffic = TrafficCounter()
         timeout = timedelta(seconds=config.timeout_s)
 
-        def axis(name: str, key: Callable[[int, int, int], object]) -> Group:
-            """The group of ranks that agree on `key(dp rank, cp rank, tp rank)`."""
+        def axis(name: str, key: Callable[[int, int, int], object], *, alone: bool = False) -> Group:
+            """The ranks that agree on `key(dp rank, cp rank, tp rank)`; alone: with a communicator of their own."""
             members: dict[object, list[int]] = {}
             for other in range(world):
                 members.setdefault(key(other // (tp * cp), other // tp % cp, other % tp), []).append(other)
             own = None
             for ranks in members.values():
                 process_group = None
-                if distributed:  # a group of all ranks exists already, with its communicator
-                    process_group = dist.group.WORLD if len(ranks) == world else dist.new_group(ranks, timeout=timeout)
+                if distributed and len(ranks) == world and not alone:  # that group exists already
+                    process_group = dist.group.WORLD
+                elif distributed:
+                    process_group = dist.new_group(ranks, timeout=timeout)
                 if rank in ranks:
                     own = Group(name, tuple(ranks), ranks.index(rank), process_group, traffic)
             assert own is not None
             return own
 
+        # On a communicator of their own, halos don't wait behind ZeRO's reductions.
+        sharing_sequences = axis("cp", lambda d, c, t: (d, t), alone=cp > 1)
+        if device is not None and cp > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=sharing_sequences.process_group)
         return cls(
             dp=axis("dp", lambda d, c, t: (c, t)),
-            cp=axis("cp", lambda d, c, t: (d, t)),
+            cp=sharing_sequences,
             tp=axis("tp", lambda d, c, t: (d, c)),
             dp_cp=axis("dp_cp", lambda d, c, t: t),
             world=axis("world", lambda d, c, t: None),

@@ -68,7 +68,7 @@ class TrafficCounter:
         """Tallies of context parallelism by kind of layer and strategy, the end of its labels: 'local.halo'."""
         sums: dict[str, Tally] = defaultdict(Tally)
         for (group_name, _, label), tally in self.tallies.items():
-            if group_name == "cp":
+            if group_name == "cp" and label.startswith("layers."):
                 entry = sums[".".join(label.split(".")[-2:])]
                 entry.calls += tally.calls
                 entry.bytes += tally.bytes

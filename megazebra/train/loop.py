@@ -43,13 +43,14 @@ def _train(session: Session) -> Progress:
             progress.step + 1, progress.samples + batch_size, progress.tokens + batch_size * config.data.seq_len
         )
         seconds = time.perf_counter() - started
-        data_wait_s = longest_wait(session)
+        data_wait_s, halo_overlap = longest_wait(session), overlap(session)
         if session.reporter is not None:
             session.reporter.step(
                 progress,
                 result,
                 seconds=seconds,
                 data_wait_s=data_wait_s,
+                halo_overlap=halo_overlap,
                 device_flops=device_flops(batches, session),
                 traffic=mesh.traffic,
                 samples=samples,
@@ -83,6 +84,16 @@ def longest_wait(session: Session) -> float:
     """How long the slowest rank waited for this step's data, in seconds: the others waited for that rank."""
     wait = torch.tensor([session.loader.wait_s], device=session.device)
     return all_reduce(wait, session.mesh.world, maximum=True, label="data_wait").item()
+
+
+def overlap(session: Session) -> float | None:
+    """Share of the time that halos were under way in which ranks computed; None where that is not measured."""
+    mesh = session.mesh
+    if mesh.cp.size == 1:
+        return None
+    seconds = torch.tensor([mesh.traffic.in_flight_s, mesh.traffic.waited_s], device=session.device)
+    in_flight_s, waited_s = all_reduce(seconds, mesh.world, label="overlap").tolist()
+    return 1 - waited_s / in_flight_s if in_flight_s else None
 
 
 def device_flops(batches: list[MicroBatch], session: Session) -> float:

@@ -15,7 +15,7 @@ Training rows (`"kind": "train"`), one per step:
     comm              the same by group and kind: {"tp.all_reduce": {"calls": .., "bytes": ..}}
     context           what of that is context parallelism's, by kind of layer and strategy: {"local.halo": {..}};
                       absent without it
-    halo_overlap      share of the time that halos were under way in which rank 0 computed; null where that isn't
+    halo_overlap      share of the time that halos were under way in which the ranks computed; null where that isn't
                       measured (GPUs: the host doesn't wait there) or nothing was sent; absent as above
     peak_memory_bytes most device memory rank 0 has allocated; on CPU its largest resident size
     skipped           why the update was not made; absent otherwise

@@ -52,6 +52,7 @@ class Reporter:
         *,
         seconds: float,
         data_wait_s: float,
+        halo_overlap: float | None,
         device_flops: float,
         traffic: TrafficCounter,
         samples: str,
@@ -76,7 +77,7 @@ class Reporter:
         }
         if self.config.parallel.context > 1:
             row["context"] = {name: vars(tally) for name, tally in traffic.context().items()}
-            row["halo_overlap"] = traffic.overlap
+            row["halo_overlap"] = halo_overlap
         if result.skipped is not None:
             row |= {"skipped": result.skipped, "samples": samples}
         self._record(row)

@@ -24,7 +24,7 @@ from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.sources import Source, TrainingData, open_training_data, open_validation_data
 from megazebra.models.build import build_model, forward, model_runtime
-from megazebra.parallel.collectives import all_reduce, gather_objects
+from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.plan.flops import parameter_count, training_flops_of
 from megazebra.train.deepspeed_config import effective_zero_stage
@@ -66,9 +66,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     check_trackers(config)
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
-    mesh = ParallelMesh.build(config.parallel)
-    # NCCL wants all ranks of a group in its first call, and not every rank has a halo to send.
-    all_reduce(torch.zeros(1, device=device), mesh.cp, label="connect")
+    mesh = ParallelMesh.build(config.parallel, device)
     check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
         print(*_introduction(config, mesh, device, data, held_out, runtime.backend.reason), sep="\n", flush=True)
@@ -153,7 +151,7 @@ def _attention_cost(config: Config) -> Callable[[list[int]], float] | None:
     return cost if cost([seq_len]) >= WORTH_BALANCING * cost([1] * seq_len) else None
 
 
-def _part_of(batch: MicroBatch, config: Config, mesh: ParallelMesh) -> MicroBatch:
+def part_of(batch: MicroBatch, config: Config, mesh: ParallelMesh) -> MicroBatch:
     """What this rank holds of a micro-batch's sequences."""
     return batch.padded(sequence_multiple(config)).context_slice(mesh.cp.rank, mesh.cp.size)
 
@@ -162,7 +160,7 @@ def _staging(config: Config, mesh: ParallelMesh, device: torch.device) -> Callab
     """What the data thread does with a micro-batch after it is put together."""
 
     def stage(batch: MicroBatch) -> MicroBatch:
-        part = _part_of(batch, config, mesh)
+        part = part_of(batch, config, mesh)
         if device.type != "cuda":
             return part
         torch.cuda.set_device(device)  # of this thread: pinning on another GPU would take memory there
@@ -173,7 +171,7 @@ def _staging(config: Config, mesh: ParallelMesh, device: torch.device) -> Callab
 
 def _validation(config: Config, mesh: ParallelMesh, source: Source) -> Callable[[], Iterator[MicroBatch]]:
     return lambda: (
-        _part_of(batch, config, mesh)
+        part_of(batch, config, mesh)
         for batch in validation_batches(
             source.samples,
             config.validation.samples,

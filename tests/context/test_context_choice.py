@@ -69,9 +69,9 @@ def test_the_table_names_every_kind_of_layer() -> None:
     first, *lines = strategy_table(asked, resolve_specs(asked))
     assert "8 ranks of 4,096 tokens" in first
     assert [line.split(":")[0].strip() for line in lines] == [
-        "1 global layers",
+        "1 global layer",
         "2 local 512 layers",
-        "1 local 128 layers",
+        "1 local 128 layer",
     ]
     assert "ulysses 117.44 + 117.44 MB (not allgather" in lines[0]
     assert "halo 8.37 + 8.37 MB (not ulysses 117.44 + 117.44 MB; allgather 469.76 + 939.52 MB)" in lines[1]

@@ -26,7 +26,7 @@ def test_the_strategies_are_told(run: tuple[Path, str]) -> None:
     _, output = run
     assert "layout   dp 1 x cp 2 x tp 1, ZeRO 1" in output
     assert "context  2 ranks of 32 tokens; a layer receives, forward + backward:" in output
-    assert "  1 global layers: ulysses 0.01 + 0.01 MB (not allgather" in output
+    assert "  1 global layer: ulysses 0.01 + 0.01 MB (not allgather" in output
     assert "  3 local 16 layers: halo 0.00 + 0.00 MB (not ulysses" in output
 
 

@@ -133,7 +133,7 @@ def test_a_layer_receives_what_the_formulas_say_and_recomputation_nothing_more()
                     )  # fmt: skip
 
 
-def test_the_halo_receives_the_window_whatever_the_length() -> None:
+def test_the_formula_of_the_halo_knows_no_length() -> None:
     """2 G D (w - 1) elements each way in the middle of the sequence, from 4k to 64k tokens, and for any ranks."""
     config = small_config(window=512)
     local = config.attention_specs()[1]
