@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "megazebra"
 # The longest name that fits decides.
 TIERS: list[list[str]] = [
     ["megazebra"],  # the version
-    ["pattern", "labels", "errors", "durable", "compiled"],
+    ["pattern", "labels", "errors", "durable", "compiled", "parallel.traffic"],
     ["launch"],
     ["config"],
     ["parallel", "attention", "data.errors"],
@@ -41,7 +41,7 @@ ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
     "data.sources": {"config", "data.errors", "data.index", "data.corpus", "data.samples"},
     "data.prepare": {"megazebra", "durable", "data.errors", "data.corpus"},
     "data": {"config", "labels", "data.errors", "data.index", "data.corpus", "data.samples", "data.sources"},
-    "plan": {"megazebra", "config", "pattern", "durable", "context", "parallel", "train", "train.deepspeed_config"},
+    "plan": {"megazebra", "config", "pattern", "context", "parallel.traffic", "train.deepspeed_config"},
     "train.schedule": {"megazebra", "config", "train"},
     "train.deepspeed_config": {"megazebra", "config", "train"},
 }
@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "data.samples",
     "data.sources",
     "data.prepare",
+    "parallel.traffic",
     "plan",
     "train.schedule",
     "train.deepspeed_config",

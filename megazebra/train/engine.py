@@ -197,12 +197,12 @@ class TrainEngine:
         # DeepSpeed averages gradients over dp_cp; a sum over tokens divided by their global count is wanted.
         scale = group.size / max(1, valid_tokens)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
+        for remaining, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
             loss = self.forward(self.deepspeed, batch)
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
             del loss  # its graph must be gone before the next forward pass builds one
-            if batch is not micro_batches[-1]:
+            if remaining:
                 self.deepspeed.step()  # counts the micro-batch; the last one updates
         self._verdict = _UNDECIDED
         self._loss = all_reduce(loss_sum, group, label="loss").item() / max(1, valid_tokens)
