@@ -2,15 +2,18 @@
 
 ZeRO flattens parameters into buffers and gives each data-parallel rank a slice, so a rank owns pieces: a
 range of one weight's elements with its fp32 master value and its optimizer moments. Pieces are saved under
-the weight's name and range, which says nothing about the buffers they came from.
+the weight's name and range, which says nothing about the buffers they came from: a run under another layout takes
+from every piece what its own pieces overlap.
 
 The fields read here are DeepSpeed's private ones (0.19): a new minor version must pass tests/checkpoint first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megazebra.checkpoint.store import CheckpointError, verify_file
+from megazebra.checkpoint.regions import Span, copy_overlap
+from megazebra.checkpoint.store import CheckpointError, Entry, verify_file
+from megazebra.parallel.mesh import Group, ParallelMesh
 from megazebra.train.engine import TrainEngine
+
+MAX_FILE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -80,51 +87,125 @@ def _zero3_piece(name: str, parameter: nn.Parameter, outer: Any, rank: int) -> P
     return Piece(name, start, count, outer.fp32_partitioned_groups_flat[group], offset) if count > 0 else None
 
 
-def save_pieces(engine: TrainEngine, folder: Path) -> list[Path]:
-    """Write this rank's pieces; returns the files written (none where another rank holds the same)."""
+Tensors = dict[str, Tensor]
+
+
+def snapshot(engine: TrainEngine, buffers: Tensors) -> Tensors:
+    """Copies of this rank's pieces in host memory, by `Piece.key` (none where another rank holds the same).
+
+    buffers: of an earlier snapshot, written into where they fit; so memory is taken once.
+    """
     if engine.zero_stage == 0 and engine.mesh.dp_cp.rank > 0:
-        return []
-    tensors: dict[str, Tensor] = {}
+        return {}
+    copies: Tensors = {}
     for piece in owned_pieces(engine):
-        tensors[piece.key("master")] = piece.view(piece.buffer)
-        for what, value in engine.optimizer.state[piece.buffer].items():
+        state = {"master": piece.buffer, **engine.optimizer.state[piece.buffer]}
+        for what, value in state.items():
             if value is None:
                 continue
-            tensors[piece.key(what)] = piece.view(value) if value.shape == piece.buffer.shape else value
-    path = folder / file_name(engine)
-    # Copies, since safetensors refuses tensors that share memory, as the pieces of one buffer do.
-    save_file({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, path)
-    return [path]
+            source = piece.view(value) if value.shape == piece.buffer.shape else value.detach()
+            copy = buffers.get(piece.key(what))
+            if copy is None or copy.shape != source.shape:
+                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.device.type == "cuda")
+            copies[piece.key(what)] = copy.copy_(source, non_blocking=True)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    return copies
 
 
-def load_pieces(engine: TrainEngine, folder: Path, index: dict[str, Any]) -> None:
-    """Copy the saved pieces back into the buffers they came from; `refresh_weights` must follow on all ranks.
+def write_pieces(tensors: Tensors, folder: Path, mesh: ParallelMesh) -> dict[Path, Entry]:
+    """Write a snapshot in files of bounded size; what the index should hold of each."""
+    entries = {}
+    for number, keys in enumerate(_in_files(tensors)):
+        path = folder / f"tp_{mesh.tp.rank:03d}_dp_{mesh.dp_cp.rank:03d}_{number:02d}.safetensors"
+        save_file({key: tensors[key] for key in keys}, path)
+        pieces = [key.split("|") for key in keys if key.endswith("|master")]
+        spans = {name: [int(start), tensors[f"{name}|{start}|master"].numel()] for name, start, _ in pieces}
+        entries[path] = {"tensor_rank": mesh.tp.rank, "pieces": spans}
+    return entries
 
-    Raises CheckpointError when a file is damaged or holds other pieces than this rank owns.
+
+def _in_files(tensors: Tensors) -> Iterator[list[str]]:
+    """Keys by file; all of a piece is in one."""
+    keys: list[str] = []
+    size = 0
+    for _, group in groupby(tensors, key=lambda key: key.rpartition("|")[0]):
+        piece = list(group)
+        more = sum(tensors[key].nbytes for key in piece)
+        if keys and size + more > MAX_FILE_BYTES:
+            yield keys
+            keys, size = [], 0
+        keys += piece
+        size += more
+    if keys:
+        yield keys
+
+
+class SavedPieces:
+    """The pieces of a checkpoint folder, whatever the layout that wrote it. Files are verified when first read."""
+
+    def __init__(self, folder: Path, index: dict[str, Any], tp: Group) -> None:
+        self.folder, self.index = folder, index
+        # Weights that are not split are there once for every tensor-parallel rank, all alike.
+        alike = tp.rank if index["layout"]["tensor"] == tp.size else 0
+        self._open: dict[str, Any] = {}
+        self._spans: dict[str, list[tuple[Span, str]]] = {}
+        for file, entry in index["files"].items():
+            for name, (start, count) in entry["pieces"].items():
+                if index["parameters"][name]["partition_dim"] is None and entry["tensor_rank"] != alike:
+                    continue
+                span = span_of(index["parameters"][name], index["layout"]["tensor"], entry["tensor_rank"], start, count)
+                self._spans.setdefault(name, []).append((span, file))
+
+    def overlapping(self, name: str, wanted: Span) -> Iterator[tuple[Span, Tensors]]:
+        """Every piece that holds some of the wanted elements of a weight, with its tensors by what they are."""
+        for span, file in self._spans.get(name, []):
+            if span.overlaps(wanted):
+                opened = self._open.get(file)
+                if opened is None:
+                    path = verify_file(self.folder, file, self.index)
+                    opened = self._open[file] = safe_open(path, framework="pt")
+                prefix = f"{name}|{span.start}|"
+                keys = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
+                yield span, {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
+
+
+def span_of(parameter: dict[str, Any], tp_size: int, tp_rank: int, start: int, count: int) -> Span:
+    """Elements of a rank's shard of a weight, which the index describes by its whole shape and how it is split."""
+    split = parameter["partition_dim"]
+    # A weight that is not split is the same on all ranks.
+    ranks = (tp_size, tp_rank) if split is not None else (1, 0)
+    return Span(tuple(parameter["shape"]), split, *ranks, start, count)
+
+
+def load_pieces(engine: TrainEngine, folder: Path, index: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Fill the buffers of this rank's pieces from a checkpoint; `refresh_weights` must follow on all ranks.
+
+    parameters: the weights of this run, as the index describes its own.
+    Raises CheckpointError when a file is damaged or the pieces don't make up what this rank owns.
     """
-    path = verify_file(folder, file_name(engine), index)
-    with safe_open(path, framework="pt") as file:
-        saved: dict[str, dict[str, str]] = {}
-        for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-            name, start, what = key.split("|")
-            saved.setdefault(f"{name}|{start}", {})[what] = key
-        for piece in owned_pieces(engine):
-            keys = saved.pop(f"{piece.name}|{piece.start}", None)
-            if keys is None or file.get_slice(keys["master"]).get_shape() != [piece.count]:
-                raise CheckpointError(f"{path} does not hold elements {piece.start}.. of {piece.name}")
-            piece.view(piece.buffer).copy_(file.get_tensor(keys.pop("master")))
-            state = engine.optimizer.state[piece.buffer]
-            for what, key in keys.items():
-                value = file.get_tensor(key)
-                if value.shape == torch.Size([piece.count]) and value.ndim:
-                    if what not in state:
-                        state[what] = torch.zeros_like(piece.buffer)
-                    piece.view(state[what]).copy_(value)
-                else:
+    tp = engine.mesh.tp
+    saved = SavedPieces(folder, index, tp)
+    for piece in owned_pieces(engine):
+        wanted = span_of(parameters[piece.name], tp.size, tp.rank, piece.start, piece.count)
+        state = engine.optimizer.state[piece.buffer]
+        found: Counter[str] = Counter()
+        for span, tensors in saved.overlapping(piece.name, wanted):
+            for what, values in tensors.items():
+                if values.ndim == 0:
                     # A count of updates: AdamW's fused kernel wants it where the moments are.
-                    state[what] = value.to(piece.buffer.device)
-    if saved:
-        raise CheckpointError(f"{path} holds pieces this run has no place for, such as {next(iter(saved))}")
+                    state[what] = values.to(piece.buffer.device)
+                    continue
+                if what != "master" and what not in state:
+                    state[what] = torch.zeros_like(piece.buffer)
+                target = piece.buffer if what == "master" else state[what]
+                found[what] += copy_overlap(span, values.to(target.device), wanted, piece.view(target))
+        for what, elements in (found or {"master": 0}).items():
+            if elements != wanted.real_elements:
+                raise CheckpointError(
+                    f"{folder} holds {elements} of the {wanted.real_elements} elements {piece.start} to "
+                    f"{piece.start + piece.count} of {piece.name} ({what}) that tensor-parallel rank {tp.rank} needs"
+                )
 
 
 def refresh_weights(engine: TrainEngine) -> None:
@@ -137,8 +218,3 @@ def refresh_weights(engine: TrainEngine) -> None:
             outer._reassign_or_swap_out_partitioned_parameters(group)
         if outer.persistent_parameters:  # small weights that ZeRO-3 keeps whole on every rank
             outer.persistent_parameters[0].all_gather(outer.persistent_parameters)
-
-
-def file_name(engine: TrainEngine) -> str:
-    owner = 0 if engine.zero_stage == 0 else engine.mesh.dp_cp.rank
-    return f"tp_{engine.mesh.tp.rank:03d}_dp_{owner:03d}.safetensors"

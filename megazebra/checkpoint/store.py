@@ -2,12 +2,14 @@
 
     checkpoints/
       step_00000200/
-        index.json                    what is in it: format, layout, config, a size and CRC-32 per file
-        tp_000_dp_000.safetensors     what that rank owns (see fragments.py)
-      latest                          name of the newest complete folder
+        index.json                       what is in it: format, layout, config; for every file its size, its CRC-32
+                                         and the pieces of weights in it
+        tp_000_dp_000_00.safetensors     what that rank owns (see fragments.py)
+      latest                             name of the newest complete folder
 
 A folder is written under a temporary name, every file flushed to disk, then renamed, and only then does
-`latest` point to it. All ranks must see the folder (a shared file system).
+`latest` point to it. All ranks must see the folder (a shared file system). Writing may go on beside training: see
+`Saving`.
 """
 
 from __future__ import annotations
@@ -15,29 +17,71 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megazebra.durable import file_crc32, partial_path, sync_folder, write_atomically
+from megazebra.durable import PARTIAL_SUFFIX, file_crc32, partial_path, sync_folder, write_atomically
 from megazebra.errors import UserError
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import Group
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+GO_BACK = "set checkpoint.on_damage=go_back to resume from an older one"
+Entry = dict[str, Any]  # of a file in the index; `bytes` and `crc32` are added when it is written
+WriteFiles = Callable[[Path], dict[Path, Entry]]
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read, or used for this run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is no longer what was written."""
+
+
+class Saving:
+    """A checkpoint whose files a thread of this rank is writing. Every rank has one, and gives it to `finish`."""
+
+    def __init__(self, step: int, folder: Path, index: dict[str, Any], write_files: WriteFiles) -> None:
+        self.step, self.folder, self.index = step, folder, index
+        self.files: dict[str, Entry] = {}
+        self.bytes = 0  # of all ranks, once finished
+        self.started, self.seconds = time.perf_counter(), 0.0
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write, args=(write_files,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, write_files: WriteFiles) -> None:
+        try:
+            entries = write_files(partial_path(self.folder))
+            self.files = {path.name: {**_describe(path), **entry} for path, entry in entries.items()}
+        except Exception as error:  # raised by `outcome`, where all ranks hear of it
+            self._error = error
+
+    @property
+    def written(self) -> bool:
+        return not self._thread.is_alive()
+
+    def outcome(self) -> dict[str, Entry]:
+        """Waits for the thread. Raises what stopped it."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.files
+
+
 class CheckpointStore:
     """The checkpoints of one run. Every rank of `world` makes the same calls; an error on one is raised on all."""
 
-    def __init__(self, folder: Path, world: Group, keep_last: int) -> None:
+    def __init__(self, folder: Path, world: Group, keep_last: int, keep_every: int = 0) -> None:
         self.folder = folder
         self.world = world
         self.keep_last = keep_last
+        self.keep_every = keep_every
 
     def latest(self) -> Path | None:
         """Folder of the newest complete checkpoint; None where there is none.
@@ -57,37 +101,58 @@ class CheckpointStore:
             )
         return None if names[0] is None else self.folder / names[0]
 
-    def save(self, step: int, write_files: Callable[[Path], list[Path]], index: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`; `write_files(folder)` writes this rank's files and names them.
+    def complete(self) -> list[str]:
+        """Names of the folders that are whole, newest first (to be called on one rank: others may see them later)."""
+        return sorted((path.name for path in self.folder.glob("step_????????")), reverse=True)
 
-        Raises CheckpointError on every rank when any rank failed; nothing half-written is left.
+    def save(self, step: int, write_files: WriteFiles, index: dict[str, Any]) -> Saving:
+        """Write the checkpoint of `step` and wait for it. Raises as `begin` and `finish` do."""
+        return self.finish(self.begin(step, write_files, index))
+
+    def begin(self, step: int, write_files: WriteFiles, index: dict[str, Any]) -> Saving:
+        """Start to write: `write_files(folder)`, in a thread, writes this rank's files and says what the index holds of
+        each. One saving at a time.
+
+        Raises CheckpointError on every rank when the folder can't be made.
         """
         final = self.folder / f"step_{step:08d}"
-        temporary = partial_path(final)
 
         def prepare() -> None:
             if self.world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                for leftover in self.folder.glob(f"*{PARTIAL_SUFFIX}"):  # of a run that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+                partial_path(final).mkdir(parents=True)
 
-        def write() -> dict[str, dict[str, int]]:
-            return {path.name: _describe(path) for path in write_files(temporary)}
+        self._together(f"cannot create {partial_path(final)}", prepare)
+        return Saving(step, final, index, write_files)
 
+    def all_written(self, saving: Saving) -> bool:
+        """Whether `finish` would not wait for any rank."""
+        return all(gather_objects(saving.written, self.world))
+
+    def finish(self, saving: Saving) -> Saving:
+        """Wait until every rank has written its files, then publish the folder.
+
+        Raises CheckpointError on every rank when any rank failed; nothing half-written is left.
+        """
+        temporary = partial_path(saving.folder)
         try:
-            self._together(f"cannot create {temporary}", prepare)
-            files = self._together(f"cannot write {final}", write)
-            self._together(f"cannot finish {final}", lambda: self._publish(temporary, final, index, files))
+            files = self._together(f"cannot write {saving.folder}", saving.outcome)
+            merged = {name: entry for part in files for name, entry in part.items()}
+            self._together(f"cannot finish {saving.folder}", lambda: self._publish(saving, merged))
         except CheckpointError:
             if self.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return final
+        saving.bytes = sum(entry["bytes"] for entry in merged.values())
+        saving.seconds = time.perf_counter() - saving.started
+        return saving
 
-    def _publish(self, temporary: Path, final: Path, index: dict[str, Any], files: list[dict[str, Any]]) -> None:
+    def _publish(self, saving: Saving, files: dict[str, Entry]) -> None:
         if self.world.rank != 0:
             return
-        merged = {name: entry for part in files for name, entry in part.items()}
-        content = json.dumps({"format": FORMAT_VERSION, **index, "files": merged}, indent=1)
+        temporary, final = partial_path(saving.folder), saving.folder
+        content = json.dumps({"format": FORMAT_VERSION, **saving.index, "files": files}, indent=1)
         write_atomically(temporary / "index.json", content.encode())
         if final.exists():  # an earlier attempt at the same step, of a run that then went back
             shutil.rmtree(final)
@@ -95,9 +160,10 @@ class CheckpointStore:
         sync_folder(self.folder)
         write_atomically(self.folder / "latest", f"{final.name}\n".encode())
         # Later steps than this one belong to a future the user has gone back from: not ours to delete.
-        past = sorted(path for path in self.folder.glob("step_????????") if path.name <= final.name)
-        for old in past[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+        past = [name for name in self.complete() if name <= final.name]
+        for old in past[self.keep_last :]:
+            if not self.keep_every or int(old.removeprefix("step_")) % self.keep_every:
+                shutil.rmtree(self.folder / old, ignore_errors=True)
 
     def load(self, folder: Path, read_files: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any]:
         """Call `read_files(folder, index)` on every rank and return the index.
@@ -114,19 +180,26 @@ class CheckpointStore:
         self._together(f"cannot resume from {folder}", read)
         return index
 
+    def older_than(self, folder: Path) -> Path | None:
+        """The newest folder before this one; None where there is none. Every rank calls it and gets the same."""
+        older = self._together("cannot list checkpoints", lambda: [n for n in self.complete() if n < folder.name])[0]
+        return self.folder / older[0] if older else None
+
     def _together(self, what: str, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of `action`, or the first rank's error on all ranks."""
-        result, error = None, None
+        result, error, damaged = None, None, False
         try:
             result = action()
         except Exception as problem:  # whatever it is, the other ranks must not wait for this one
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
-        outcomes = gather_objects((result, error), self.world)
-        errors = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+            damaged = isinstance(problem, DamagedCheckpointError)
+        outcomes = gather_objects((result, error, damaged), self.world)
+        errors = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(outcomes) if text is not None]
         if errors:
             more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-            raise CheckpointError(f"{what}: {errors[0]}{more}")
-        return [value for value, _ in outcomes]
+            kind = DamagedCheckpointError if any(damaged for *_, damaged in outcomes) else CheckpointError
+            raise kind(f"{what}: {errors[0]}{more}")
+        return [value for value, *_ in outcomes]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -135,7 +208,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged ({error}); point `latest` to an older folder") from error
+        raise DamagedCheckpointError(f"{path} is missing or damaged ({error}); {GO_BACK}") from error
     if index.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {index.get('format')!r}, this version reads {FORMAT_VERSION}; "
@@ -145,18 +218,16 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
-    """Path of the file, which is whole. Raises CheckpointError when it is missing, cut short or changed."""
+    """Path of the file, which is whole. Raises DamagedCheckpointError when it is missing, cut short or changed."""
     path = folder / name
     entry = index["files"].get(name)
     if entry is None or not path.exists():
-        raise CheckpointError(f"{path} is missing; point `latest` to an older folder")
+        raise DamagedCheckpointError(f"{path} is missing; {GO_BACK}")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise CheckpointError(
-            f"{path} has {size} bytes, {entry['bytes']} were written; point `latest` to an older folder"
-        )
+        raise DamagedCheckpointError(f"{path} has {size} bytes, {entry['bytes']} were written; {GO_BACK}")
     if file_crc32(path) != entry["crc32"]:
-        raise CheckpointError(f"{path} is damaged (its CRC-32 differs); point `latest` to an older folder")
+        raise DamagedCheckpointError(f"{path} is damaged (its CRC-32 differs); {GO_BACK}")
     return path
 
 

@@ -286,6 +286,13 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: Count = 2
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of every so many steps that are kept for good; 0: none."""
+    asynchronous: bool = True
+    """Copy the state and go on training while it is written; false: wait until it is on the disk. Either way the copy
+    takes as much host memory as the rank's share of weights and moments."""
+    on_damage: Literal["stop", "go_back"] = "stop"
+    """A newest checkpoint whose files are damaged or missing: stop and name the file, or resume from an older one."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the run folder's newest checkpoint where there is one; never refuses a run folder in use."""
 

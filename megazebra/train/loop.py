@@ -7,9 +7,11 @@ import time
 import torch
 
 from megazebra.checkpoint.manager import Progress
+from megazebra.checkpoint.store import Saving
 from megazebra.data.batch import MicroBatch
 from megazebra.parallel.collectives import all_reduce
 from megazebra.plan.flops import training_flops
+from megazebra.train.guard import TrainingDivergedError
 from megazebra.train.session import Session
 
 
@@ -20,7 +22,9 @@ def train(session: Session) -> None:
     """
     try:
         progress = _train(session)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, TrainingDivergedError):  # on all ranks at once: what is being saved is needed now
+            report(session, session.checkpoints.completed(wait=True))
         if session.reporter is not None:
             session.reporter.abandon()
         raise
@@ -59,8 +63,10 @@ def _train(session: Session) -> Progress:
             engine.guard.check(result.skipped, samples)
         if _due(progress.step, config.validation.interval, steps):
             validate(session, progress.step)
+        report(session, session.checkpoints.completed())
         if _due(progress.step, config.checkpoint.interval, steps):
             save(session, progress)
+    report(session, session.checkpoints.completed(wait=True))
     return progress
 
 
@@ -74,10 +80,17 @@ def validate(session: Session, step: int) -> None:
 
 def save(session: Session, progress: Progress) -> None:
     started = time.perf_counter()
-    folder = session.checkpoints.save(progress)
+    complete = session.checkpoints.save(progress)
     if session.reporter is not None:
-        session.reporter.checkpoint(progress.step, folder, time.perf_counter() - started)
+        session.reporter.stalled(progress.step, time.perf_counter() - started)
         session.reporter.epochs(progress.step, session.data.epochs(progress.samples))
+    report(session, complete)
+
+
+def report(session: Session, complete: list[Saving]) -> None:
+    for saving in complete:
+        if session.reporter is not None:
+            session.reporter.checkpoint(saving)
 
 
 def longest_wait(session: Session) -> float:

@@ -20,6 +20,8 @@ Training rows (`"kind": "train"`), one per step:
     peak_memory_bytes most device memory rank 0 has allocated; on CPU its largest resident size
     skipped           why the update was not made; absent otherwise
 Data rows (`"kind": "data"`), one per checkpoint: step, epochs (how often each source has been gone through, by name).
+Checkpoint rows (`"kind": "checkpoint"`), one per checkpoint that is complete: step, bytes (of all ranks), stall_s (how
+long training stood still for it), seconds (until it was complete).
 Validation rows (`"kind": "validation"`), one per held-out corpus: step, source ('' for data.validation_path), loss,
 seconds.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.checkpoint.manager import Progress
+from megazebra.checkpoint.store import Saving
 from megazebra.config.schema import Config
 from megazebra.parallel.traffic import TrafficCounter
 from megazebra.plan.hardware import peak_flops
@@ -41,6 +42,7 @@ class Reporter:
         self.console = Console(config.logging.progress, config.logging.interval, progress.step, config.train.steps)
         self.started = time.perf_counter()
         self.first = progress
+        self._stalls: dict[int, float] = {}
 
     def message(self, text: str) -> None:
         self.console.message(text)
@@ -91,8 +93,20 @@ class Reporter:
     def epochs(self, step: int, epochs: dict[str, float]) -> None:
         self._record({"kind": "data", "step": step, "epochs": epochs})
 
-    def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
-        self.message(f"step {step}: checkpoint {folder} ({seconds:.1f} s)")
+    def stalled(self, step: int, seconds: float) -> None:
+        """Training stood still this long to take the checkpoint of `step`."""
+        self._stalls[step] = seconds
+
+    def checkpoint(self, saving: Saving) -> None:
+        stall = self._stalls.pop(saving.step)
+        self._record(
+            {"kind": "checkpoint", "step": saving.step, "bytes": saving.bytes, "stall_s": stall,
+             "seconds": saving.seconds}
+        )  # fmt: skip
+        self.message(
+            f"step {saving.step}: checkpoint {saving.folder} ({saving.bytes / 1e6:,.1f} MB in {saving.seconds:.1f} s, "
+            f"training stood still for {stall:.1f} s)"
+        )
 
     def finish(self, progress: Progress, skips: int) -> None:
         """Close every record of a run that has reached its end, draw the plot and print how it went."""

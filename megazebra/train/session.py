@@ -92,7 +92,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         reporter = Reporter(config, progress, device, device_name, _unigram_bars(held_out))
         if progress.step:
-            reporter.message(f"resumed  after step {progress.step}")
+            reporter.message("\n  ".join([f"resumed  after step {progress.step}", *checkpoints.notes]))
         if progress.step >= config.train.steps:
             reporter.message(f"nothing to do: train.steps={config.train.steps} are made; raise it to go on")
     yield Session(

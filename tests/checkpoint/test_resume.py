@@ -34,7 +34,11 @@ def train_with_and_without_stop(configs: list[Config]) -> list[tuple[Trajectory,
 
         engine = make_engine(config)
         losses, norms = run_steps(engine, config, range(STOP))
-        Checkpoints(config, engine, DATA).save(Progress(STOP, STOP * 4, STOP * 128))
+        checkpoints = Checkpoints(config, engine, DATA)
+        assert checkpoints.save(Progress(STOP, STOP * 4, STOP * 128)) == [], "it is still being written"
+        run_steps(engine, config, range(STOP, STOP + 1))  # what changes now must not be in it
+        (saving,) = checkpoints.completed(wait=True)
+        assert saving.step == STOP
         engine.deepspeed.destroy()
 
         # Other weights than the checkpoint's, so that whatever is not restored shows.
@@ -85,14 +89,17 @@ def resume_under(saved: Config, others: list[tuple[Config, dict[str, Any]]]) -> 
     """Messages of the refusals when `saved`'s checkpoint is resumed under other configurations or data."""
     start_deepspeed(CPU, timeout_s=60)
     engine = make_engine(saved)
-    Checkpoints(saved, engine, DATA).save(Progress(1, 4, 128))
+    checkpoints = Checkpoints(saved, engine, DATA)
+    checkpoints.save(Progress(1, 4, 128))
+    checkpoints.completed(wait=True)
     engine.deepspeed.destroy()
     messages = []
     for config, data in others:
         engine = make_engine(config)
         try:
-            Checkpoints(config, engine, data).resume()
-            messages.append("resumed")
+            checkpoints = Checkpoints(config, engine, data)
+            checkpoints.resume()
+            messages.append("; ".join(["resumed", *checkpoints.notes]))
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
         engine.deepspeed.destroy()
@@ -104,21 +111,25 @@ def test_refuses_what_is_another_run_and_names_it() -> None:
         changed = [
             {},
             {"optimizer__lr": 1e-5, "train__steps": 500, "schedule__kind": "linear"},
-            {"model__ffn_hidden_size": 128, "model__window": 7},
+            {"model__ffn_hidden_size": 128},
+            {"model__window": 7, "parallel__zero_stage": 2},
             {"optimizer__name": "sgd"},
-            {"parallel__zero_stage": 2},
         ]
         others = [(tiny_config(run__dir=folder, **change), DATA) for change in changed]
         others.append((tiny_config(run__dir=folder), {"order": {"version": 2}, "sources": {"b": {"corpus": "1"}}}))
-        same, continued, model, optimizer, stage, data = run_distributed(
+        same, continued, model, window, optimizer, data = run_distributed(
             resume_under, 1, tiny_config(run__dir=folder), others
         )[0]
     assert same == "resumed"
-    assert continued == "resumed", "learning rate, schedule and length may be changed on purpose"
-    assert "model.ffn_hidden_size=96 there, 128 here" in model
-    assert "model.window=5 there, 7 here" in model
+    assert continued.split("; ") == [  # all of it may be changed on purpose
+        "resumed",
+        "changed: optimizer.lr from 0.01 to 1e-05",
+        "changed: schedule.kind from cosine to linear",
+        "changed: train.steps from 10 to 500",
+    ]
+    assert "the weight model.layers.0.mlp.down_proj.weight is [64, 96] there, [64, 128] here" in model
+    assert window == "resumed; changed: layout.zero_stage from 0 to 2; changed: model.window from 5 to 7"
     assert "optimizer.name='adamw' there, 'sgd' here" in optimizer
-    assert "zero_stage size 0 there, 2 here" in stage
     assert "the training data's order.version: 1 there, 2 here" in data
     assert "the training data's sources.a.corpus: 1 there, None here" in data
     assert "the training data's sources.b.corpus: None there, 1 here" in data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ def store_in(folder: Path, keep_last: int = 2) -> CheckpointStore:
 
 
 def writer(rank: int, content: bytes = b"weights") -> Any:
-    def write(folder: Path) -> list[Path]:
+    def write(folder: Path) -> dict[Path, Any]:
         path = folder / f"rank_{rank}.bin"
         path.write_bytes(content)
-        return [path]
+        return {path: {"from": rank}}
 
     return write
 
@@ -57,6 +58,30 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert (tmp_path / "step_00000005" / "rank_0.bin").read_bytes() == b"second"
 
 
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ParallelMesh.build(ParallelConfig()).world, keep_last=1, keep_every=20)
+    save_many(store, [10, 20, 30, 40, 50])
+    assert names(tmp_path) == ["latest", "step_00000020", "step_00000040", "step_00000050"]
+
+
+def test_it_is_not_there_before_it_is_finished(tmp_path: Path) -> None:
+    store, may_write = store_in(tmp_path), threading.Event()
+
+    def write(folder: Path) -> dict[Path, Any]:
+        may_write.wait()
+        return writer(0)(folder)
+
+    save_many(store, [5])
+    saving = store.begin(10, write, {})
+    assert not store.all_written(saving)
+    assert store.latest() == tmp_path / "step_00000005"
+    may_write.set()
+    assert store.finish(saving).bytes == 7
+    assert store.latest() == tmp_path / "step_00000010"
+    assert store.older_than(tmp_path / "step_00000010") == tmp_path / "step_00000005"
+    assert store.older_than(tmp_path / "step_00000005") is None
+
+
 def test_a_leftover_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     save_many(store, [5])
@@ -68,7 +93,7 @@ def test_a_leftover_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_00000005", "step_00000010"]
 
 
-def full_disk(folder: Path) -> list[Path]:
+def full_disk(folder: Path) -> dict[Path, Any]:
     (folder / "half.bin").write_bytes(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -115,7 +140,7 @@ def flip(path: Path) -> None:
         (lambda f: (f / "rank_0.bin").unlink(), r"rank_0.bin is missing"),
         (lambda f: (f / "index.json").unlink(), r"index.json is missing or damaged"),
         (lambda f: (f / "index.json").write_text('{"format": 2, "fil'), r"index.json is missing or damaged"),
-        (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 2"),
+        (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 3"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
@@ -129,7 +154,7 @@ def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
 
 def test_index_says_what_is_inside(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    folder = store.save(5, writer(0), {"progress": {"step": 5}})
-    index = read_index(folder)
+    index = read_index(store.save(5, writer(0), {"progress": {"step": 5}}).folder)
     assert index["progress"] == {"step": 5}
     assert index["files"]["rank_0.bin"]["bytes"] == 7
+    assert index["files"]["rank_0.bin"]["from"] == 0
