@@ -17,8 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
     [
         "torch",
         "torch.distributed",
@@ -37,9 +37,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     of them and is raised here with its traceback; so does a time-out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        queue = _context.Queue()
+        queue = forkserver.Queue()
         processes = [
-            _context.Process(target=_worker, args=(function, rank, world_size, folder, queue, args), daemon=True)
+            forkserver.Process(target=_worker, args=(function, rank, world_size, folder, queue, args), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
