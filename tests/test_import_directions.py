@@ -32,7 +32,7 @@ TIERS: list[list[str]] = [
     ["plan", "train.optimizer"],
     ["train.engine"],
     ["checkpoint"],
-    ["train"],
+    ["train", "hf"],
 ]
 ONLY = {  # what a unit may import beyond the rule of tiers: nothing but these
     "data.index": {"labels", "compiled", "data.errors"},

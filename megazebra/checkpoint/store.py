@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,7 @@ class CheckpointStore:
         if self.world.rank != 0:
             return
         temporary, final = partial_path(saving.folder), saving.folder
-        content = json.dumps({"format": FORMAT_VERSION, **saving.index, "files": files}, indent=1)
-        write_atomically(temporary / "index.json", content.encode())
+        write_index(temporary, {"format": FORMAT_VERSION, **saving.index, "files": files})
         if final.exists():  # an earlier attempt at the same step, of a run that then went back
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -202,6 +202,11 @@ class CheckpointStore:
         return [value for value, *_ in outcomes]
 
 
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write what `read_index` reads, with a CRC-32 of its own."""
+    write_atomically(folder / "index.json", json.dumps({**index, "crc32": _crc32(index)}, indent=1).encode())
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a checkpoint folder. Raises CheckpointError when it is missing, damaged or of another format."""
     path = folder / "index.json"
@@ -209,6 +214,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{path} is missing or damaged ({error}); {GO_BACK}") from error
+    changed = (
+        isinstance(index, dict) and index.get("format") == FORMAT_VERSION and index.pop("crc32", 0) != _crc32(index)
+    )
+    if changed or not isinstance(index, dict):
+        raise DamagedCheckpointError(f"{path} is damaged (its CRC-32 differs); {GO_BACK}")
     if index.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {index.get('format')!r}, this version reads {FORMAT_VERSION}; "
@@ -229,6 +239,11 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
     if file_crc32(path) != entry["crc32"]:
         raise DamagedCheckpointError(f"{path} is damaged (its CRC-32 differs); {GO_BACK}")
     return path
+
+
+def _crc32(index: dict[str, Any]) -> int:
+    """Of what the index says, however it is written down."""
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def _describe(path: Path) -> dict[str, int]:

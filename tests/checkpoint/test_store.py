@@ -126,6 +126,12 @@ def test_one_rank_that_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
     assert names(tmp_path / "step_00000005") == ["index.json", "rank_0.bin", "rank_1.bin", "rank_2.bin"]
 
 
+def change_index(folder: Path, old: str, new: str) -> None:
+    text = (folder / "index.json").read_text()
+    assert old in text
+    (folder / "index.json").write_text(text.replace(old, new))
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[3] ^= 1
@@ -140,6 +146,8 @@ def flip(path: Path) -> None:
         (lambda f: (f / "rank_0.bin").unlink(), r"rank_0.bin is missing"),
         (lambda f: (f / "index.json").unlink(), r"index.json is missing or damaged"),
         (lambda f: (f / "index.json").write_text('{"format": 2, "fil'), r"index.json is missing or damaged"),
+        (lambda f: change_index(f, '"step": 5', '"step": 6'), r"index.json is damaged"),
+        (lambda f: (f / "index.json").write_text("[]"), r"index.json is damaged"),
         (lambda f: (f / "index.json").write_text(json.dumps({"format": 99})), r"format 99, this version reads 3"),
     ],
 )

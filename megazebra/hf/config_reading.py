@@ -1,0 +1,194 @@
+"""From a Hugging Face config.json to a ModelConfig."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megazebra.config.checks import cross_problems
+from megazebra.config.schema import ModelConfig, RopeConfig
+from megazebra.errors import UserError
+from megazebra.hf.families import BY_MODEL_TYPE, Family
+from megazebra.hf.rope import read_rope
+from megazebra.pattern import pattern_symbols
+
+# Fields under other names; their classes have no default for them that a model would rely on.
+_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_KINDS = {"G": "full_attention", "L": "sliding_attention"}
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of a model folder's config.json. Raises UserError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the folder of a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is no JSON object; give the folder of a Hugging Face model")
+    return fields
+
+
+def family_of(fields: Mapping[str, Any]) -> Family:
+    """Raises UserError for a model_type that we cannot read."""
+    family = BY_MODEL_TYPE.get(fields.get("model_type", ""))
+    if family is None:
+        raise UserError(f"model_type={fields.get('model_type')!r} is not supported; we read {', '.join(BY_MODEL_TYPE)}")
+    return family
+
+
+def model_config(fields: Mapping[str, Any], pattern: str | None = None, window: int | None = None) -> ModelConfig:
+    """The model that a config.json describes; `pattern` and `window` replace its own.
+
+    Raises UserError, naming field, value and mend, for what we cannot represent.
+    """
+    family = family_of(fields)
+    defaults = family.defaults
+
+    def value(name: str) -> Any:
+        return fields.get(name, defaults[name])
+
+    _refuse_unsupported(family, fields)
+    own_pattern, own_window = _layers(family, fields)
+    settings = {
+        **{ours: _size(fields, theirs) for ours, theirs in _SIZES.items()},
+        "num_kv_heads": value("num_key_value_heads"),
+        "head_dim": value("head_dim"),
+        "pattern": own_pattern if pattern is None else pattern,
+        "qk_norm": family.qk_norm,
+        "attention_bias": family.attention_bias and value("attention_bias"),
+        "mlp_bias": family.mlp_bias and value("mlp_bias"),
+        "tie_word_embeddings": value("tie_word_embeddings"),
+        "rms_norm_eps": value("rms_norm_eps"),
+        "init_std": value("initializer_range"),
+    }
+    window_there = own_window if window is None else window
+    if window_there is not None:
+        settings["window"] = window_there
+    model = _checked(settings)
+    symbols = "".join(map(str, pattern_symbols(model.pattern, model.num_layers)))
+    if "L" in symbols and window_there is None:
+        raise UserError(f"pattern {model.pattern!r} has local layers and the model has no window; give --window")
+    if "L" not in symbols and window is not None:
+        raise UserError(f"window {window} is not read: pattern {model.pattern!r} has no local layer; give --pattern")
+    rope = read_rope(fields, defaults)
+    return _checked(settings | _ropes(family, fields, symbols, rope))
+
+
+def _size(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value!r} in config.json must be a whole number >= 1; add or correct it")
+    return value
+
+
+def _refuse_unsupported(family: Family, fields: Mapping[str, Any]) -> None:
+    value = {name: fields.get(name, family.defaults.get(name)) for name in ("hidden_act", "attention_dropout")}
+    if value["hidden_act"] != "silu":
+        raise UserError(f"hidden_act={value['hidden_act']!r} is not supported; our feed-forward layers have silu")
+    if value["attention_dropout"]:
+        raise UserError(
+            f"attention_dropout={value['attention_dropout']} is not supported; set it to 0 to train without dropout"
+        )
+    if fields.get("quantization_config"):
+        raise UserError("quantization_config: quantized weights are not supported; take the unquantized model")
+    if family.windows != "layer_types" and set(fields.get("layer_types") or []) - {"full_attention"}:
+        raise UserError(
+            f"layer_types is ignored by {family.architecture}, so what the model computes is not what config.json "
+            "says; remove layer_types, or correct model_type (cwm reads them)"
+        )
+
+
+def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The model's own pattern and window."""
+    layers = _size(fields, "num_hidden_layers")
+    if family.windows == "none":
+        return "G", None
+    window = fields.get("sliding_window", family.defaults["sliding_window"])
+    if family.windows == "every layer":
+        return ("L", window) if window else ("G", None)
+    if not fields.get("use_sliding_window", family.defaults["use_sliding_window"]):
+        window = None
+    kinds = fields.get("layer_types") or _default_layer_types(family, fields, layers, window)
+    symbol_of = {kind: symbol for symbol, kind in _KINDS.items()}
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= symbol_of.keys():
+        raise UserError(
+            f"layer_types={kinds} must name {layers} layers (num_hidden_layers), each {' or '.join(symbol_of)}"
+        )
+    symbols = "".join(symbol_of[kind] for kind in kinds)
+    if "L" in symbols and not window:
+        raise UserError(
+            "layer_types has sliding_attention but there is no window; set sliding_window (and use_sliding_window)"
+        )
+    return _shortest(symbols), window
+
+
+def _default_layer_types(family: Family, fields: Mapping[str, Any], layers: int, window: int | None) -> list[str]:
+    """What the class makes of a config.json without `layer_types`."""
+    match family.model_type:
+        case "cwm":
+            is_local = [i % 4 != 0 for i in range(layers)]
+        case "qwen3":
+            is_local = [i >= fields.get("max_window_layers", 28) for i in range(layers)]
+        case _:
+            is_local = [not rope for rope in _has_rope(family, fields, layers)]
+    return [_KINDS["L" if local and window else "G"] for local in is_local]
+
+
+def _has_rope(family: Family, fields: Mapping[str, Any], layers: int) -> list[bool]:
+    if not family.nope:
+        return [True] * layers
+    listed = fields.get("no_rope_layers")  # 1 where there is RoPE, despite its name
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) < layers:
+            raise UserError(f"no_rope_layers={listed} must have an entry for each of num_hidden_layers={layers}")
+        return [bool(has_rope) for has_rope in listed[:layers]]
+    interval = fields.get("no_rope_layer_interval", 4)
+    return [(i + 1) % interval != 0 for i in range(layers)]
+
+
+def _ropes(family: Family, fields: Mapping[str, Any], symbols: str, rope: RopeConfig) -> dict[str, RopeConfig]:
+    """The rotary embedding of the two kinds of layer: the model's one, or none."""
+    has_rope = _has_rope(family, fields, len(symbols))
+    ropes = {}
+    for symbol, key in (("G", "rope_global"), ("L", "rope_local")):
+        here = {rope_here for rope_here, other in zip(has_rope, symbols, strict=True) if other == symbol}
+        if len(here) > 1:
+            raise UserError(
+                f"no_rope_layers={[int(value) for value in has_rope]} gives only some of the {symbol} layers of "
+                f"{symbols} a rotary embedding; choose a pattern whose G or L layers are those without one"
+            )
+        ropes[key] = rope.model_copy(update={"enabled": here != {False}})
+    return ropes
+
+
+def _checked(settings: dict[str, Any]) -> ModelConfig:
+    try:
+        model = ModelConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = _SIZES.get(str(first["loc"][0]), first["loc"][0])
+        raise UserError(f"{name}={first['input']!r}: {first['msg']}") from error
+    problems = [f"{key} {message}" for key, message in cross_problems({"model": model})]
+    if problems:
+        raise UserError("; ".join(problems))
+    return model
+
+
+def _shortest(symbols: str) -> str:
+    """The shortest string that tiles to these layers."""
+    lengths = range(1, len(symbols) + 1)
+    return next(symbols[:n] for n in lengths if (symbols[:n] * len(symbols))[: len(symbols)] == symbols)
