@@ -51,6 +51,10 @@ class ModelFolder:
         self.config: ModelConfig = load_config(folder / CONFIG_NAME, ["data.seq_len=1"]).model
         self._weights: dict[str, StoredTensor] = find_weights(folder)
 
+    @property
+    def model(self) -> ModelConfig:
+        return self.config
+
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
         """The model folder at `path`.

@@ -18,7 +18,7 @@ from torch import Tensor
 from megazebra.checkpoint.regions import Span, copy_overlap
 from megazebra.checkpoint.store import CheckpointError, read_index, verify_file
 from megazebra.checkpoint.tensor_file import StoredTensor, stored_tensors
-from megazebra.config.schema import Config
+from megazebra.config.schema import Config, ModelConfig
 
 BLOCK_ELEMENTS = 1 << 22
 
@@ -68,6 +68,10 @@ class TrainingCheckpoint:
         if absent := [name for name, held in self._pieces.items() if "master" not in held]:
             self.verify()  # damage explains more than what follows from it
             raise CheckpointError(f"{folder}: no file holds any of {absent[0]}")
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
 
     @classmethod
     def open(cls, path: str | Path) -> TrainingCheckpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megazebra.checkpoint.model_folder import ModelFolder
 from megazebra.checkpoint.reader import TrainingCheckpoint
+from megazebra.config.schema import ModelConfig
 
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -21,6 +22,9 @@ class Weights(Protocol):
 
     @property
     def folder(self) -> Path: ...
+
+    @property
+    def model(self) -> ModelConfig: ...
 
     @property
     def names(self) -> Sequence[str]: ...
@@ -42,6 +46,28 @@ def open_weights(path: str | Path) -> Weights:
     if (Path(path) / "model.safetensors.index.json").exists():
         return ModelFolder.open(path)
     return TrainingCheckpoint.open(path)
+
+
+class ReadOnDemand(Mapping[str, Tensor]):
+    """Weights as a mapping by name. It keeps the last one read, no more."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            if name not in self._weights.names:
+                raise KeyError(name)
+            self._last = None  # gone before the next one is read
+            self._last = name, self._weights.tensor(name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.names)
+
+    def __len__(self) -> int:
+        return len(self._weights.names)
 
 
 def all_names(one: Weights, other: Weights) -> list[str]:

@@ -282,6 +282,9 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    init_from: str | None = None
+    """Begin with these weights in place of random ones: a model folder (tools/convert_hf.py import,
+    tools/merge_checkpoint.py) or a training checkpoint under any layout. Not read when the run resumes."""
     interval: CountOrZero = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: Count = 2

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megazebra.config.schema import Config
-from megazebra.models.initialization import initialize
+from megazebra.models.initialization import initialize, load_full_weights
 from megazebra.parallel.collectives import all_reduce
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.parallel.sharding import is_sharded
@@ -119,6 +119,7 @@ class TrainEngine:
 
     build_model: makes the model without initializing it (under ZeRO-3 it is sharded while it is built).
     forward: `forward(module, micro_batch)` -> summed token loss of this rank.
+    weights: whole weights by name to begin with; None: random ones.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class TrainEngine:
         deepspeed_config: dict[str, Any],
         build_model: Callable[[], nn.Module],
         forward: Forward,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         import deepspeed
 
@@ -154,7 +156,10 @@ class TrainEngine:
             )
         with sharded_build:
             model = build_model()
-        initialize(model, config.model, config.train.seed, mesh.tp, self.gathered)
+        if weights is None:
+            initialize(model, config.model, config.train.seed, mesh.tp, self.gathered)
+        else:
+            load_full_weights(model, weights, mesh.tp, self.gathered)
         optimizer = build_optimizer(model, config.optimizer)
         optimizer.refuses = self._refuses_update
         with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints a memory table for every group

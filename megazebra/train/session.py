@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint
+from megazebra.checkpoint.weights import ReadOnDemand, Weights, open_weights
 from megazebra.config import Config, save_config
 from megazebra.context.choice import resolve_specs, sequence_multiple, strategy_table
 from megazebra.data.batch import MicroBatch
@@ -64,13 +65,24 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     data, held_out = open_training_data(config), open_validation_data(config)
     _check_run_folder(config)
     check_trackers(config)
+    weights = _initial_weights(config)
     runtime = model_runtime(config, device)
     start_deepspeed(device, config.parallel.timeout_s)
     mesh = ParallelMesh.build(config.parallel, device)
     check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
         print(*_introduction(config, mesh, device, data, held_out, runtime.backend.reason), sep="\n", flush=True)
-    engine = TrainEngine(config, mesh, device, deepspeed_config, lambda: build_model(config, mesh, runtime), forward)
+        if weights is not None:
+            print(*_origin(config, weights), sep="\n", flush=True)
+    engine = TrainEngine(
+        config,
+        mesh,
+        device,
+        deepspeed_config,
+        lambda: build_model(config, mesh, runtime),
+        forward,
+        ReadOnDemand(weights) if weights is not None else None,
+    )
     checkpoints = Checkpoints(config, engine, data.identity)
     progress = checkpoints.resume()
     loader = PrefetchingLoader(
@@ -201,6 +213,24 @@ def _check_run_folder(config: Config) -> None:
             f"run.dir={config.run.dir} already holds a run and checkpoint.resume=never; "
             "choose another run.dir, or resume=auto to continue it"
         )
+
+
+def _initial_weights(config: Config) -> Weights | None:
+    """The weights to begin with; None where the run resumes or begins with random ones.
+
+    Raises CheckpointError when there are none at checkpoint.init_from.
+    """
+    path = config.checkpoint.init_from
+    return None if path is None or has_checkpoint(Path(config.run.dir)) else open_weights(path)
+
+
+def _origin(config: Config, weights: Weights) -> Iterator[str]:
+    """Where the weights come from, and in what the model they were made for differs from this one."""
+    yield f"weights  {weights.folder}"
+    theirs, ours = (model.model_dump(mode="json") for model in (weights.model, config.model))
+    for key in ours:
+        if theirs[key] != ours[key]:
+            yield f"  model.{key} was {theirs[key]}, is {ours[key]} now"
 
 
 def _introduction(

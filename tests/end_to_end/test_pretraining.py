@@ -96,6 +96,19 @@ def test_killing_a_rank_ends_the_run_at_once_and_resuming_loses_nothing(
     assert losses(tmp_path) == losses(finished_run[0]), "every loss, bit for bit"
 
 
+def test_a_run_can_begin_with_the_weights_of_another(
+    corpus: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    run_dir, _ = finished_run
+    few = ["--train.steps=2", "--schedule.warmup_steps=1", "--model.pattern=LLLG", "--validation.interval=0"]
+    done = run_alone(*arguments(corpus, tmp_path, *few, f"--checkpoint.init_from={run_dir}"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"weights  {run_dir}/checkpoints/step_00000016" in done.stdout
+    assert "  model.pattern was GLLL, is LLLG now" in done.stdout
+    # Where that run ended, not at ln(512) = 6.24; another place of the global layer costs little.
+    assert losses(tmp_path)[0][1] < losses(run_dir)[0][1] - 0.1
+
+
 def _rank_pid(launcher: subprocess.Popen[str], rank: int) -> int:
     """Process id of a rank, found among the launcher's group by its own argument."""
     for folder in Path("/proc").iterdir():
