@@ -124,11 +124,17 @@ class Checkpoints:
             if written.get(key) != now.get(key)
         ]
         there, here = index["parameters"], self._parameters()
+        if there != here:
+            differences += [
+                f"{key}={written.get(key)!r} there, {now.get(key)!r} here"
+                for key in now
+                if key.startswith("model.") and written.get(key) != now.get(key)
+            ]
         differences += [
             f"the weight {name} is {_shape_in_words(there.get(name))} there, {_shape_in_words(here.get(name))} here"
             for name in sorted(there.keys() | here.keys())
             if there.get(name) != here.get(name)
-        ][:3]
+        ][:2]
         old_data, new_data = _flatten(index["data"]), _flatten(self.data_identity)
         differences += [
             f"the training data's {name}: {old_data.get(name)} there, {new_data.get(name)} here"

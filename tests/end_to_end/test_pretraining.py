@@ -193,7 +193,6 @@ def test_another_configuration_does_not_continue_a_run(
     result = run_alone(*arguments(corpus, run_dir, "--model.ffn_hidden_size=96"))
     assert result.returncode == 2
     assert "model.ffn_hidden_size=64 there, 96 here" in result.stderr
-    assert "tensor size 2 there, 1 here" in result.stderr
     assert sorted(path.name for path in run_dir.rglob("*")) == before
     assert load_config(run_dir / "config.yaml", []).model.ffn_hidden_size == 64
 
@@ -208,4 +207,5 @@ def test_a_disk_that_fills_while_saving(corpus: Path, tmp_path: Path) -> None:
     assert result.returncode == 2, result.stderr
     assert re.search(r"error: cannot write .*step_00000004: rank 0: .*[Ff]ile too large", result.stderr), result.stderr
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    assert len(train_rows(tmp_path)) == 4, "what was measured is kept"
+    # Training goes on beside the writing, until it is noticed that it failed.
+    assert 4 <= len(train_rows(tmp_path)) < 8, "what was measured is kept, and the next save is not reached"
