@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -49,7 +50,7 @@ class TrafficCounter:
     @property
     def overlap(self) -> float | None:
         """Share of the messages' time under way in which this rank computed; None where nothing was measured."""
-        return 1 - self.waited_s / self.in_flight_s if self.in_flight_s else None
+        return overlap_share(self.in_flight_s, self.waited_s)
 
     @property
     def total_bytes(self) -> int:
@@ -57,23 +58,30 @@ class TrafficCounter:
 
     def by_kind(self) -> dict[str, Tally]:
         """Tallies summed over labels, keyed 'group.kind' ('tp.all_reduce')."""
-        sums: dict[str, Tally] = defaultdict(Tally)
-        for (group_name, kind, _), tally in self.tallies.items():
-            entry = sums[f"{group_name}.{kind}"]
-            entry.calls += tally.calls
-            entry.bytes += tally.bytes
-        return dict(sums)
+        return _summed((f"{group_name}.{kind}", tally) for (group_name, kind, _), tally in self.tallies.items())
 
     def context(self) -> dict[str, Tally]:
         """Tallies of context parallelism by kind of layer and strategy, the end of its labels: 'local.halo'."""
-        sums: dict[str, Tally] = defaultdict(Tally)
-        for (group_name, _, label), tally in self.tallies.items():
-            if group_name == "cp" and label.startswith("layers."):
-                entry = sums[".".join(label.split(".")[-2:])]
-                entry.calls += tally.calls
-                entry.bytes += tally.bytes
-        return dict(sums)
+        return _summed(
+            (".".join(label.split(".")[-2:]), tally)
+            for (group_name, _, label), tally in self.tallies.items()
+            if group_name == "cp" and label.startswith("layers.")
+        )
 
     def reset(self) -> None:
         self.tallies.clear()
         self.in_flight_s = self.waited_s = 0.0
+
+
+def overlap_share(in_flight_s: float, waited_s: float) -> float | None:
+    """Share of the time under way that was not spent waiting; None where nothing was under way."""
+    return 1 - waited_s / in_flight_s if in_flight_s else None
+
+
+def _summed(tallies: Iterable[tuple[str, Tally]]) -> dict[str, Tally]:
+    """Tallies of one name added up."""
+    sums: dict[str, Tally] = defaultdict(Tally)
+    for name, tally in tallies:
+        sums[name].calls += tally.calls
+        sums[name].bytes += tally.bytes
+    return dict(sums)

@@ -10,6 +10,7 @@ from megazebra.checkpoint.manager import Progress
 from megazebra.checkpoint.store import Saving
 from megazebra.data.batch import MicroBatch
 from megazebra.parallel.collectives import all_reduce
+from megazebra.parallel.traffic import overlap_share
 from megazebra.plan.flops import training_flops
 from megazebra.train.guard import TrainingDivergedError
 from megazebra.train.session import Session
@@ -105,8 +106,7 @@ def overlap(session: Session) -> float | None:
     if mesh.cp.size == 1:
         return None
     seconds = torch.tensor([mesh.traffic.in_flight_s, mesh.traffic.waited_s], device=session.device)
-    in_flight_s, waited_s = all_reduce(seconds, mesh.world, label="overlap").tolist()
-    return 1 - waited_s / in_flight_s if in_flight_s else None
+    return overlap_share(*all_reduce(seconds, mesh.world, label="overlap").tolist())
 
 
 def device_flops(batches: list[MicroBatch], session: Session) -> float:
