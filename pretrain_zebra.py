@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from megazebra.config import check_world, load_config, parse_command_line
+from megazebra.config import ConfigError, check_world, load_config, parse_command_line
+from megazebra.config.stages import stages_of
 from megazebra.launch import complete_environment, readable_errors, world_size
 from megazebra.train.deepspeed_config import build_deepspeed_config
 
@@ -18,15 +19,23 @@ def main() -> None:
     complete_environment()
     # Mistakes in the configuration show before torch is imported, which takes seconds.
     command = parse_command_line(sys.argv[1:])
+    if command.stage is not None:
+        raise ConfigError([f"command line --stage={command.stage}: training goes through all stages; remove it"])
     config = load_config(command.config_path, command.overrides)
-    check_world(config, world_size())
-    deepspeed_config = build_deepspeed_config(config, world_size(), command.deepspeed_config_path)
+    stages = stages_of(config)
+    for stage in stages:
+        check_world(stage.config, world_size())
+    deepspeed_configs = [
+        build_deepspeed_config(stage.config, world_size(), command.deepspeed_config_path) for stage in stages
+    ]
 
     from megazebra.train.loop import train
-    from megazebra.train.session import open_session
+    from megazebra.train.session import open_session, open_world, stages_left
 
-    with open_session(config, deepspeed_config) as session:
-        train(session)
+    with open_world() as world:
+        for stage in stages_left(stages, world):
+            with open_session(config, stage, world, deepspeed_configs[stage.number]) as session:
+                train(session)
 
 
 if __name__ == "__main__":

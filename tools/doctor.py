@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 
 from megazebra.config import check_world, load_config, parse_command_line
+from megazebra.config.stages import one_stage
 from megazebra.launch import complete_environment, readable_errors, world_size
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     complete_environment()
     # Mistakes in the configuration show before torch is imported, which takes seconds.
     command = parse_command_line(sys.argv[1:])
-    config = load_config(command.config_path, command.overrides)
+    config = one_stage(load_config(command.config_path, command.overrides), command.stage)
     check_world(config, world_size())
 
     import torch

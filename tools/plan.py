@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.config import load_config, parse_command_line
+from megazebra.config.stages import one_stage
 from megazebra.durable import write_atomically
 from megazebra.launch import readable_errors
 from megazebra.plan.layouts import Judgement, best, layouts, ranked
@@ -32,9 +33,9 @@ def main() -> None:
         check()
         return
     command = parse_command_line(rest)
-    config = load_config(command.config_path, command.overrides)
+    config = one_stage(load_config(command.config_path, command.overrides), command.stage)
     profile = load_profile(own.hardware)
-    pinned = [override.partition("=")[0] for override in command.overrides]
+    pinned = [override.partition("=")[0].removeprefix(f"stages.{command.stage}.") for override in command.overrides]
     judged = list(layouts(config, own.gpus, profile, pinned))
     rows = ranked(judged)
     recommended = best(judged)

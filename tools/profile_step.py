@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megazebra.config import check_world, load_config, parse_command_line
 from megazebra.config.schema import Config
+from megazebra.config.stages import one_stage
 from megazebra.data.batch import MicroBatch
 from megazebra.launch import complete_environment, readable_errors, world_size
 from megazebra.models.build import build_model, forward, model_runtime
@@ -138,7 +139,7 @@ def random_batch(config: Config, device: torch.device) -> MicroBatch:
 def main() -> None:
     complete_environment()
     command = parse_command_line(sys.argv[1:])
-    config = load_config(command.config_path, command.overrides)
+    config = one_stage(load_config(command.config_path, command.overrides), command.stage)
     check_world(config, world_size())
     device = own_device()
     runtime = model_runtime(config, device)

@@ -178,10 +178,12 @@ def span_of(parameter: dict[str, Any], tp_size: int, tp_rank: int, start: int, c
     return Span(tuple(parameter["shape"]), split, *ranks, start, count)
 
 
-def load_pieces(engine: TrainEngine, folder: Path, index: dict[str, Any], parameters: dict[str, Any]) -> None:
+def load_pieces(
+    engine: TrainEngine, folder: Path, index: dict[str, Any], parameters: dict[str, Any], *, moments: bool = True
+) -> None:
     """Fill the buffers of this rank's pieces from a checkpoint; `refresh_weights` must follow on all ranks.
 
-    parameters: the weights of this run, as the index describes its own.
+    parameters: the weights of this run, as the index describes its own. moments: false leaves the optimizer as it is.
     Raises CheckpointError when a file is damaged or the pieces don't make up what this rank owns.
     """
     tp = engine.mesh.tp
@@ -192,6 +194,8 @@ def load_pieces(engine: TrainEngine, folder: Path, index: dict[str, Any], parame
         found: Counter[str] = Counter()
         for span, tensors in saved.overlapping(piece.name, wanted):
             for what, values in tensors.items():
+                if not moments and what != "master":
+                    continue
                 if values.ndim == 0:
                     # A count of updates: AdamW's fused kernel wants it where the moments are.
                     state[what] = values.to(piece.buffer.device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megazebra.checkpoint.fragments import Tensors, load_pieces, refresh_weights, snapshot, write_pieces
-from megazebra.checkpoint.store import CheckpointError, CheckpointStore, DamagedCheckpointError, Saving
+from megazebra.checkpoint.store import CheckpointError, CheckpointStore, DamagedCheckpointError, Saving, read_index
 from megazebra.config.schema import Config
+from megazebra.config.stages import Stage, stages_of
 from megazebra.parallel.sharding import full_shape
 from megazebra.train.engine import TrainEngine
 
@@ -27,8 +29,8 @@ _UNIMPORTANT = ("run", "logging", "validation", "checkpoint", "data")  # data ha
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: updates made (or skipped), samples consumed, tokens seen. There is no random state
-    beside: nothing draws random numbers after the weights are initialized, and sample i is a function of i.
+    """Where a run is: updates made (or skipped), samples consumed of its stage's data, tokens seen. There is no random
+    state beside: nothing draws random numbers after the weights are initialized, and sample i is a function of i.
     """
 
     step: int = 0
@@ -40,13 +42,16 @@ class Checkpoints:
     """The checkpoints of a run under one configuration and corpus.
 
     data_identity: what the samples depend on (TrainingData.identity); resuming on other data would silently repeat
-    some of it and skip some.
+    some of it and skip some. stage: whose configuration it is; None: of a run without stages.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine, data_identity: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Config, engine: TrainEngine, data_identity: dict[str, Any], stage: Stage | None = None
+    ) -> None:
         self.config = config
         self.engine = engine
         self.data_identity = data_identity
+        self.stage = stage or stages_of(config)[0]
         self.store = CheckpointStore(
             Path(config.run.dir) / "checkpoints",
             engine.mesh.world,
@@ -66,6 +71,7 @@ class Checkpoints:
         complete = self.completed(wait=True)
         index = {
             "progress": asdict(progress),
+            "stage": {"name": self.stage.name, "number": self.stage.number, "first_step": self.stage.first_step},
             "guard": self.engine.guard.state_dict(),
             "layout": self._layout(),
             "data": self.data_identity,
@@ -92,8 +98,8 @@ class Checkpoints:
     def resume(self) -> Progress:
         """Load the newest checkpoint, where there is one, under whatever layout it was written.
 
-        Raises CheckpointError when it is damaged (unless checkpoint.on_damage allows an older one), or of another
-        configuration or corpus.
+        One with which the stage before was completed is where this stage begins. Raises CheckpointError when it is
+        damaged (unless checkpoint.on_damage allows an older one), or of another configuration or corpus.
         """
         folder = self.store.latest()
         while folder is not None:
@@ -104,17 +110,38 @@ class Checkpoints:
                 if self.config.checkpoint.on_damage == "stop" or older is None:
                     raise
                 self.notes.append(f"went back to {older.name}: {damage}")
+                self.store.point_to(older)  # it may be another stage's, which another session goes on with
                 folder = older
                 continue
             refresh_weights(self.engine)
+            progress = Progress(**index["progress"])
+            if _stage_of(index)["number"] != self.stage.number:
+                # The guard starts anew: losses of other lengths or patterns say nothing about these.
+                return replace(progress, samples=0)
             self.engine.guard.load_state_dict(index["guard"])
             self.notes += self._changes(index)
-            return Progress(**index["progress"])
+            return progress
         return Progress()
 
     def _load(self, folder: Path, index: dict[str, Any]) -> None:
-        self._check_fits(index)
-        load_pieces(self.engine, folder, index, self._parameters())
+        begins = _stage_of(index)["number"] != self.stage.number
+        if begins:
+            self._check_stage_before(folder, index)
+        else:
+            self._check_fits(index)
+        carries = not begins or self.config.optimizer.state == "carry"
+        load_pieces(self.engine, folder, index, self._parameters(), moments=carries)
+
+    def _check_stage_before(self, folder: Path, index: dict[str, Any]) -> None:
+        """That the checkpoint is the end of the stage before this one."""
+        there, step = _stage_of(index), index["progress"]["step"]
+        if there["number"] != self.stage.number - 1 or step != self.stage.first_step:
+            raise CheckpointError(
+                f"{folder} is at step {step}, in stage {there['name']}: {self.stage.describe()} begins after step "
+                f"{self.stage.first_step}. Start the same command again to go on from there"
+            )
+        if differences := list(self._other_weights(index)):
+            raise CheckpointError(f"{folder} can't begin {self.stage.describe()}: {'; '.join(differences)}")
 
     def _check_fits(self, index: dict[str, Any]) -> None:
         written, now = _flatten(index["config"]), _flatten(self.config.model_dump(mode="json"))
@@ -123,18 +150,8 @@ class Checkpoints:
             for key in _MUST_AGREE
             if written.get(key) != now.get(key)
         ]
-        there, here = index["parameters"], self._parameters()
-        if there != here:
-            differences += [
-                f"{key}={written.get(key)!r} there, {now.get(key)!r} here"
-                for key in now
-                if key.startswith("model.") and written.get(key) != now.get(key)
-            ]
-        differences += [
-            f"the weight {name} is {_shape_in_words(there.get(name))} there, {_shape_in_words(here.get(name))} here"
-            for name in sorted(there.keys() | here.keys())
-            if there.get(name) != here.get(name)
-        ][:2]
+        differences += self._other_stage(index)
+        differences += self._other_weights(index)
         old_data, new_data = _flatten(index["data"]), _flatten(self.data_identity)
         differences += [
             f"the training data's {name}: {old_data.get(name)} there, {new_data.get(name)} here"
@@ -146,6 +163,31 @@ class Checkpoints:
                 "it belongs to another configuration: "
                 + "; ".join(differences)
                 + ". Correct these, or choose another run.dir to start afresh"
+            )
+
+    def _other_stage(self, index: dict[str, Any]) -> Iterator[str]:
+        there = _stage_of(index)
+        if there["name"] != self.stage.name:
+            yield f"its stage is {there['name']!r} there, {self.stage.name!r} here"
+        elif there["first_step"] != self.stage.first_step:
+            yield (
+                f"stage {self.stage.name} began after step {there['first_step']} there, after {self.stage.first_step} "
+                "here: stages that are complete can't get other lengths"
+            )
+
+    def _other_weights(self, index: dict[str, Any]) -> Iterator[str]:
+        """Weights of other shapes, after the keys that differ."""
+        there, here = index["parameters"], self._parameters()
+        if there == here:
+            return
+        written, now = _flatten(index["config"]), _flatten(self.config.model_dump(mode="json"))
+        for key in now:
+            if key.startswith("model.") and written.get(key) != now.get(key):
+                yield f"{key}={written.get(key)!r} there, {now.get(key)!r} here"
+        names = (name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name))
+        for name in islice(names, 2):
+            yield (
+                f"the weight {name} is {_shape_in_words(there.get(name))} there, {_shape_in_words(here.get(name))} here"
             )
 
     def _changes(self, index: dict[str, Any]) -> Iterator[str]:
@@ -175,6 +217,44 @@ class Checkpoints:
             }
             for name, parameter in self.engine.module.named_parameters()
         }
+
+
+def stage_to_go_on_with(stages: Sequence[Stage], run_dir: Path, *, go_back: bool) -> Stage:
+    """The stage that the run's newest checkpoint is in, or the one after it where that is complete.
+
+    go_back: whether an older one will do where its index is damaged. Raises CheckpointError when it is of a stage that
+    is not among `stages`, or damaged. To be called on one rank, before any session: only the index is read.
+    """
+    store = run_dir / "checkpoints"
+    if not has_checkpoint(run_dir):
+        return stages[0]
+    newest = (store / "latest").read_text().strip()
+    index = None
+    for name in sorted((path.name for path in store.glob("step_????????") if path.name <= newest), reverse=True):
+        try:
+            index = read_index(store / name)
+            break
+        except DamagedCheckpointError:
+            if not go_back:
+                raise
+    if index is None:
+        return stages[0]  # resuming there says what is damaged
+    there = _stage_of(index)
+    stage = stages[min(there["number"], len(stages) - 1)]
+    if stage.name != there["name"]:
+        names = ", ".join(repr(stage.name) for stage in stages)
+        raise CheckpointError(
+            f"{store / newest} is in stage {there['name']!r}, number {there['number'] + 1}; this run has the stages "
+            f"{names}. Put it back where it was, or begin another run.dir from these weights (checkpoint.init_from)"
+        )
+    if index["progress"]["step"] >= stage.last_step and stage.number + 1 < len(stages):
+        return stages[stage.number + 1]
+    return stage
+
+
+def _stage_of(index: dict[str, Any]) -> dict[str, Any]:
+    """The index's stage; checkpoints of earlier versions are of runs without."""
+    return index.get("stage") or {"name": "", "number": 0, "first_step": 0}
 
 
 def _shape_in_words(parameter: dict[str, Any] | None) -> str:

@@ -185,6 +185,15 @@ class CheckpointStore:
         older = self._together("cannot list checkpoints", lambda: [n for n in self.complete() if n < folder.name])[0]
         return self.folder / older[0] if older else None
 
+    def point_to(self, folder: Path) -> None:
+        """Make an older checkpoint the one to go on with. Raises CheckpointError on every rank."""
+
+        def write() -> None:
+            if self.world.rank == 0:
+                write_atomically(self.folder / "latest", f"{folder.name}\n".encode())
+
+        self._together(f"cannot write {self.folder}/latest", write)
+
     def _together(self, what: str, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of `action`, or the first rank's error on all ranks."""
         result, error, damaged = None, None, False

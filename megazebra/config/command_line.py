@@ -10,17 +10,18 @@ from pathlib import Path
 from megazebra.config.errors import ConfigError
 from megazebra.config.help import help_text
 
-_FILES = ("--config", "--deepspeed_config")
+_ONCE = ("--config", "--deepspeed_config", "--stage")
 _IGNORED = ("--local_rank", "--local-rank")  # the launcher adds it; the rank is read from the environment
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was asked for; `overrides` are `section.key=value` for `load_config`."""
+    """What was asked for; `overrides` are `section.key=value` for `load_config`, `stage` is the one a tool looks at."""
 
     config_path: Path | None = None
     deepspeed_config_path: Path | None = None
     overrides: list[str] = field(default_factory=list)
+    stage: str | None = None
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
@@ -29,7 +30,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     -h and --help print every key and exit. Raises ConfigError for an option without a value, a file given
     twice, and arguments that are no options.
     """
-    files: dict[str, Path] = {}
+    once: dict[str, str] = {}
     overrides: list[str] = []
     problems: list[str] = []
     rest = list(argv)
@@ -51,12 +52,13 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             value = rest.pop(0)
         if not value.strip():
             problems.append(f"command line {name}: has no value; write {name}=VALUE")
-        elif name in _FILES:
-            if name in files:
+        elif name in _ONCE:
+            if name in once:
                 problems.append(f"command line {name}={value}: {name} is given twice; keep one")
-            files[name] = Path(value)
+            once[name] = value
         elif name not in _IGNORED:
             overrides.append(f"{name[2:]}={value}")
     if problems:
         raise ConfigError(problems)
-    return CommandLine(files.get("--config"), files.get("--deepspeed_config"), overrides)
+    config, deepspeed_config = (Path(once[name]) if name in once else None for name in _ONCE[:2])
+    return CommandLine(config, deepspeed_config, overrides, once.get("--stage"))

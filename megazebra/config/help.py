@@ -17,7 +17,8 @@ usage: pretrain_zebra.py [--config FILE] [--deepspeed_config FILE] [--section.ke
   -h, --help               this text
 
 Any key may be set in the file or, over it, on the command line: --train.steps=20 or --train.steps 20;
-lists as --model.pattern=[G,L,128,L], named entries as --data.sources='{code: {path: data/code}}', nothing as null.
+lists as --model.pattern=[G,L,128,L], named entries as --data.sources='{code: {path: data/code}}', nothing as null;
+keys of a stage as --stages.long.train.steps=20.
 """
 
 
@@ -27,13 +28,14 @@ def help_text(width: int | None = None) -> str:
     defaults = Config()
     documented: dict[type[Section], str] = {}
     lines = [_USAGE]
-    for name, section in keys.sections().items():
+    # The run's own keys, which are in no section, come last.
+    for name, section in sorted(keys.sections().items(), key=lambda item: item[0] == ""):
         own = [key for key in keys.fields() if key.rpartition(".")[0] == name]
         if not own:
             continue
         # Two sections of one class (the ropes of global and local layers) are explained once.
         twin = documented.setdefault(section, name)
-        heading = f"{name}: {keys.documentation(name)}".removesuffix(": ")
+        heading = f"{name}: {keys.documentation(name)}".removesuffix(": ") if name else "The whole run:"
         lines.append(_wrapped(heading + (f" Keys as in {twin}." if twin != name else ""), width, ""))
         for key in own:
             takes = f"--{key}={shown(keys.value_of(defaults, key))}  ({keys.allowed_values(key)})"

@@ -107,6 +107,8 @@ def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"[{_words(schema['items'], definitions)}, ...]"
     if schema["type"] == "object":
         entry = schema["additionalProperties"]
+        if entry is True:  # checked elsewhere
+            return "{KEY: VALUE, ...}"
         if "$ref" in entry:
             properties = definitions[entry["$ref"].rpartition("/")[2]]["properties"]
             return f"{{NAME: {{{', '.join(f'{name}: ...' for name in properties)}}}, ...}}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megazebra.config import keys
+from megazebra.config import keys, stages
 from megazebra.config.checks import cross_problems
 from megazebra.config.errors import ConfigError
 from megazebra.config.schema import Config, Section
@@ -45,39 +46,69 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         file_is_readable = False
     for override in overrides:
         try:
-            settings += read_override(override, keys.is_section)
+            settings += read_override(override, stages.is_section)
         except ConfigError as error:
             problems += error.problems
 
-    accepted: dict[str, Setting] = {}
-    doubtful: set[str] = set()  # sections whose values are not all known: no check across keys would be fair
-    for setting in settings:
-        if entry := keys.named_entry(setting.key):
-            setting = _within_entries(*entry, setting, accepted)
-        if problem := _structural_problem(setting):
-            problems.append(problem)
-            doubtful.add(setting.key.partition(".")[0])
-        elif setting.key in keys.fields():
-            accepted[setting.key] = setting
-
-    tree = _nested(accepted.values())
-    sections: dict[str, Section] = {}
-    for name in Config.model_fields:
-        try:
-            # Strict: `true` is no number and "5" no whole number. Construction in Python stays lenient.
-            sections[name] = keys.sections()[name].model_validate(tree.get(name, {}), strict=True)
-        except ValidationError as error:
-            problems += _value_problems(name, error, accepted)
-
-    if file_is_readable:
-        sound = {name: section for name, section in sections.items() if name not in doubtful}
-        for key, message in cross_problems(sound):
-            section, _, rest = key.partition(".")
-            source = accepted[key].source if key in accepted else "default"
-            problems.append(_problem(source, key, keys.value_of(sound[section], rest), message))
+    outside, by_stage = _by_stage(settings)
+    run = _Resolved(outside)
+    problems += run.problems
+    # A run of stages never runs as the values outside them stand: only its stages need to fit together.
+    if file_is_readable and not by_stage:
+        problems += run.cross_problems()
+    problems += _overruled(outside, by_stage)
+    trees: dict[str, dict[str, Any]] = {}
+    for name, own in by_stage.items():
+        refused = [problem for setting in own if (problem := _refusal(setting))]
+        own = [setting for setting in own if not _refusal(setting)]
+        stage = _Resolved([*outside, *own])
+        found = [*refused, *stage.problems, *(stage.cross_problems() if file_is_readable else [])]
+        problems += [f"stage {name}: {problem}" for problem in found if problem not in run.problems]
+        trees[name] = _nested(stage.accepted[key] for key in _field_keys(own) if key in stage.accepted)
     if problems:
         raise ConfigError(problems)
-    return Config.model_validate(sections)
+    config = Config.model_validate({**run.sections, "stages": trees})
+    if problems := list(stages.problems_between(config)):
+        raise ConfigError(problems)
+    return config
+
+
+class _Resolved:
+    """What settings come to, the later ones over the earlier.
+
+    accepted: by key, those that name one. sections: those whose values are all right. problems: all others.
+    """
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self.accepted: dict[str, Setting] = {}
+        self.sections: dict[str, Section] = {}
+        self.problems: list[str] = []
+        self._doubtful: set[str] = set()  # sections whose values are not all known: no check across keys would be fair
+        for setting in settings:
+            if entry := keys.named_entry(setting.key):
+                setting = _within_entries(*entry, setting, self.accepted)
+            if problem := _structural_problem(setting):
+                self.problems.append(problem)
+                self._doubtful.add(setting.key.partition(".")[0])
+            elif setting.key in keys.fields():
+                self.accepted[setting.key] = setting
+        tree = _nested(self.accepted.values())
+        for name in (name for name in Config.model_fields if keys.is_section(name)):
+            try:
+                # Strict: `true` is no number and "5" no whole number. Construction in Python stays lenient.
+                self.sections[name] = keys.sections()[name].model_validate(tree.get(name, {}), strict=True)
+            except ValidationError as error:
+                self.problems += _value_problems(name, error, self.accepted)
+
+    def cross_problems(self) -> list[str]:
+        """What does not fit together in the sections that are right in themselves."""
+        sound = {name: section for name, section in self.sections.items() if name not in self._doubtful}
+        problems = []
+        for key, message in cross_problems(sound):
+            section, _, rest = key.partition(".")
+            source = self.accepted[key].source if key in self.accepted else "default"
+            problems.append(_problem(source, key, keys.value_of(sound[section], rest), message))
+        return problems
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -100,7 +131,43 @@ def _read_file(path: Path) -> list[Setting]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{path}:{line}: is not UTF-8; save the file as UTF-8"]) from None
-    return read_settings(text, str(path), keys.is_section)
+    return read_settings(text, str(path), stages.is_section)
+
+
+def _by_stage(settings: Iterable[Setting]) -> tuple[list[Setting], dict[str, list[Setting]]]:
+    """The settings outside stages, and by stage those in it, under the keys that they have outside."""
+    outside: list[Setting] = []
+    by_stage: dict[str, list[Setting]] = {}
+    for setting in settings:
+        if split := stages.split_key(setting.key):
+            name, key = split
+            by_stage.setdefault(name, []).append(replace(setting, key=key))
+        elif setting.key.startswith("stages.") and setting.value in (None, {}):  # a stage that sets nothing
+            by_stage.setdefault(setting.key.removeprefix("stages."), [])
+        else:
+            outside.append(setting)
+    return outside, by_stage
+
+
+def _overruled(outside: Iterable[Setting], by_stage: dict[str, list[Setting]]) -> Iterator[str]:
+    """What somebody asks for on the command line and no stage would do."""
+    for setting in outside:
+        overruled = [name for name, own in by_stage.items() if setting.key in {stage.key for stage in own}]
+        if setting.source.startswith("command line") and by_stage and len(overruled) == len(by_stage):
+            every = " and ".join(f"--stages.{name}.{setting.key}" for name in overruled)
+            yield _problem(setting.source, setting.key, setting.value, f"every stage sets it anew; set {every}")
+
+
+def _refusal(setting: Setting) -> str | None:
+    """Why a stage may not set this; None where it may, or where the key is wrong anyway."""
+    known = setting.key in keys.fields() or keys.is_section(setting.key) or keys.named_entry(setting.key)
+    objection = stages.objection(setting.key) if known else None
+    return _problem(setting.source, setting.key, setting.value, objection) if objection else None
+
+
+def _field_keys(settings: Iterable[Setting]) -> list[str]:
+    """The keys that take the settings' values: of an entry by name, the key that has the entries."""
+    return list(dict.fromkeys((keys.named_entry(setting.key) or [setting.key])[0] for setting in settings))
 
 
 def _within_entries(key: str, path: list[str], setting: Setting, accepted: dict[str, Setting]) -> Setting:
@@ -119,10 +186,13 @@ def _structural_problem(setting: Setting) -> str:
     if setting.problem:
         return f"{setting.source}: {setting.key}: {setting.problem}"
     if keys.is_section(setting.key):
-        if setting.value is None:  # `train:` with every key under it commented out
+        if setting.value in (None, {}):  # `train:` with every key under it commented out
             return ""
         example = next(key for key in keys.fields() if key.startswith(f"{setting.key}."))
         return _problem(setting.source, setting.key, setting.value, f"is a section; set its keys, such as {example}")
+    if setting.key == "stages" and setting.value:
+        form = "a mapping of stages, such as {long: {data: {seq_len: 16384}}}"
+        return _problem(setting.source, setting.key, setting.value, f"must be {form}")
     if setting.key not in keys.fields():
         suggestion = keys.did_you_mean(setting.key, [*keys.fields(), *filter(None, keys.sections())])
         return f"{setting.source}: unknown key {setting.key!r}{suggestion}"

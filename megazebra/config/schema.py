@@ -6,7 +6,7 @@ Checks of one key stand in its type; checks that span keys stand in `checks.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -208,6 +208,8 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices; norms, biases and sinks have none."""
     grad_clip: PositiveOrZero = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    state: Literal["carry", "reset"] = "carry"
+    """The moments when a stage begins: those the stage before left, or none. Read in stages after the first."""
 
 
 class ScheduleConfig(Section):
@@ -333,3 +335,9 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    stages: dict[str, dict[str, Any]] = {}
+    """Stages that follow each other, by name: what each sets of the sections model, parallel, train, optimizer,
+    schedule, data and validation in place of the values above, such as {long: {data: {seq_len: 16384}, train: {steps:
+    500}}}. A stage has its own steps, learning rate schedule and samples, and goes on with the weights of the one
+    before. train.seed grows by one from stage to stage where none sets it, so that a corpus is not repeated in the same
+    order."""

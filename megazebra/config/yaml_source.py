@@ -167,7 +167,7 @@ def _settings(
             yield Setting(key, None, source, f"is given twice in this section (first on line {first[name]}); keep one")
             continue
         first[name] = _line(key_node)
-        if is_section(key) and isinstance(value_node, yaml.MappingNode):
+        if is_section(key) and isinstance(value_node, yaml.MappingNode) and value_node.value:
             yield from _settings(value_node, f"{key}.", is_section, source_of)
         else:
             yield _setting(key, value_node, source)

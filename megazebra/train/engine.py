@@ -176,6 +176,10 @@ class TrainEngine:
         self._verdict: str | None = _UNDECIDED
         self._count_traffic()
 
+    def close(self) -> None:
+        """Let go of the weights and of what the optimizer holds, so that another engine can take their place."""
+        self.deepspeed.destroy()
+
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module

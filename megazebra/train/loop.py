@@ -17,7 +17,7 @@ from megazebra.train.session import Session
 
 
 def train(session: Session) -> None:
-    """Train from where the session stands to `train.steps`.
+    """Train from where the session stands to the last step of its stage.
 
     Raises TrainingDivergedError (too many bad updates in a row) and CheckpointError (cannot save), on all ranks.
     """
@@ -37,13 +37,15 @@ def train(session: Session) -> None:
 
 def _train(session: Session) -> Progress:
     config, engine, mesh, progress = session.config, session.engine, session.mesh, session.progress
-    steps, batch_size = config.train.steps, config.train.global_batch_size
-    while progress.step < steps:
+    stage, batch_size = session.stage, config.train.global_batch_size
+    if 0 < progress.step == stage.first_step:  # what the weights of the stage before do under this one's conditions
+        validate(session, progress.step)
+    while progress.step < stage.last_step:
         started = time.perf_counter()
         mesh.traffic.reset()
         batches = [batch.to(session.device) for batch in session.loader.next_step(progress.samples)]
         samples = f"samples {progress.samples} to {progress.samples + batch_size - 1}"
-        result = engine.train_step(batches, progress.step)
+        result = engine.train_step(batches, progress.step - stage.first_step)
         progress = Progress(
             progress.step + 1, progress.samples + batch_size, progress.tokens + batch_size * config.data.seq_len
         )
@@ -62,10 +64,10 @@ def _train(session: Session) -> Progress:
             )
         if result.skipped is not None:
             engine.guard.check(result.skipped, samples)
-        if _due(progress.step, config.validation.interval, steps):
+        if _due(progress.step, config.validation.interval, stage.last_step):
             validate(session, progress.step)
         report(session, session.checkpoints.completed())
-        if _due(progress.step, config.checkpoint.interval, steps):
+        if _due(progress.step, config.checkpoint.interval, stage.last_step):
             save(session, progress)
     report(session, session.checkpoints.completed(wait=True))
     return progress

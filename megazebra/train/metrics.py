@@ -19,11 +19,14 @@ Training rows (`"kind": "train"`), one per step:
                       measured (GPUs: the host doesn't wait there) or nothing was sent; absent as above
     peak_memory_bytes most device memory rank 0 has allocated; on CPU its largest resident size
     skipped           why the update was not made; absent otherwise
+Stage rows (`"kind": "stage"`), where one begins: step (updates made before it), name, number (from 1), and what is new
+in it: `config`, by dotted key.
 Data rows (`"kind": "data"`), one per checkpoint: step, epochs (how often each source has been gone through, by name).
 Checkpoint rows (`"kind": "checkpoint"`), one per checkpoint that is complete: step, bytes (of all ranks), stall_s (how
 long training stood still for it), seconds (until it was complete).
 Validation rows (`"kind": "validation"`), one per held-out corpus: step, source ('' for data.validation_path), loss,
-seconds.
+seconds. When a stage begins, they say how the weights of the stage before do under its length and pattern.
+Rows of a run with stages have a field `stage`, its name.
 """
 
 from __future__ import annotations
@@ -46,11 +49,14 @@ class MetricsFile:
     """Append-only; a row is with the system when `write` returns, so a killed process keeps all it had.
 
     resumed_step: rows after it belong to a run that went further than its last checkpoint and are dropped.
+    beginning_stage: the stage that begins there; rows that it has written already are dropped.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+    def __init__(self, path: Path, resumed_step: int = 0, beginning_stage: str | None = None) -> None:
         self.path = path
         rows = [row for row in read_metrics(path) if row["step"] <= resumed_step] if path.exists() else []
+        if beginning_stage:
+            rows = [row for row in rows if row.get("stage") != beginning_stage]
         write_atomically(path, "".join(_line(row) for row in rows).encode())
         self._file: TextIO = path.open("a")
 

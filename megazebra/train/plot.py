@@ -37,6 +37,13 @@ def plot_loss(metrics: Path, target: Path, unigram: Mapping[str, float]) -> None
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=4, label=name)
         if source in unigram:
             axes.axhline(unigram[source], color=color, linestyle="--", linewidth=1, label=f"unigram model ({name})")
+    for row in (row for row in rows if row["kind"] == "stage"):
+        start = tokens_at.get(row["step"], 0)
+        axes.axvline(start, color="#999999", linestyle=":", linewidth=1)
+        axes.annotate(
+            row["name"], (start, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points",
+            fontsize=8, color="#666666",
+        )  # fmt: skip
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)

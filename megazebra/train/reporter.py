@@ -10,7 +10,7 @@ from typing import Any
 
 from megazebra.checkpoint.manager import Progress
 from megazebra.checkpoint.store import Saving
-from megazebra.config.schema import Config
+from megazebra.config.stages import Stage
 from megazebra.parallel.traffic import TrafficCounter
 from megazebra.plan.hardware import peak_flops
 from megazebra.train.console import Console
@@ -23,29 +23,36 @@ _FINAL_MEAN_STEPS = 20  # at most; a tenth of a short run
 
 
 class Reporter:
-    """Reports of rank 0.
+    """Reports of rank 0 on one stage of a run.
 
     device_name: as the maker calls it, for MFU. unigram: cross-entropy of a unigram model on the held-out corpora
     in nats, by their names, where it is known.
     """
 
     def __init__(
-        self, config: Config, progress: Progress, device: Any, device_name: str, unigram: dict[str, float]
+        self, stage: Stage, progress: Progress, device: Any, device_name: str, unigram: dict[str, float]
     ) -> None:
-        self.config = config
+        self.stage = stage
+        self.config = config = stage.config
         self.device = device
         self.unigram = unigram
         self.peak = peak_flops(device_name, config.train.precision)
         self.folder = Path(config.run.dir)
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step)
+        begins = stage.name if progress.step == stage.first_step else None
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step, begins)
         self.trackers = open_trackers(config, progress.step)
-        self.console = Console(config.logging.progress, config.logging.interval, progress.step, config.train.steps)
+        self.console = Console(config.logging.progress, config.logging.interval, progress.step, stage.total_steps)
         self.started = time.perf_counter()
         self.first = progress
         self._stalls: dict[int, float] = {}
 
     def message(self, text: str) -> None:
         self.console.message(text)
+
+    def begin_stage(self, step: int, changes: dict[str, Any]) -> None:
+        """The stage begins after `step`, with these keys set anew."""
+        self._record({"kind": "stage", "step": step, "name": self.stage.name, "number": self.stage.number + 1,
+                      "config": changes})  # fmt: skip
 
     def step(
         self,
@@ -109,7 +116,7 @@ class Reporter:
         )
 
     def finish(self, progress: Progress, skips: int) -> None:
-        """Close every record of a run that has reached its end, draw the plot and print how it went."""
+        """Close every record of a stage that has reached its end, draw the plot and print how it went."""
         self.console.close()
         self.metrics.close()
         self.trackers.close()
@@ -124,11 +131,13 @@ class Reporter:
             self.trackers.close(failed=True)
 
     def _record(self, row: dict[str, Any]) -> None:
+        if self.stage.name:
+            row["stage"] = self.stage.name
         self.metrics.write(row)
         self.trackers.log(row)
 
     def _summary(self, progress: Progress, skips: int) -> list[str]:
-        rows = read_metrics(self.metrics.path)
+        rows = [row for row in read_metrics(self.metrics.path) if row.get("stage", "") == self.stage.name]
         losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
         validation = {row["source"]: loss_of(row) for row in rows if row["kind"] == "validation"}  # the last of each
         epochs = [row["epochs"] for row in rows if row["kind"] == "data"][-1:]
@@ -136,7 +145,8 @@ class Reporter:
         done = progress.step - self.first.step
         lines = [
             "",
-            f"{progress.step} steps, {progress.tokens:,} tokens ({done} steps now, {minutes:.0f} min {seconds:.0f} s)"
+            (f"{self.stage.describe()} is complete: " if self.stage.name else "")
+            + f"{progress.step} steps, {progress.tokens:,} tokens ({done} steps now, {minutes:.0f} min {seconds:.0f} s)"
             + (f", {skips} updates skipped" if skips else ""),
         ]
         if losses:

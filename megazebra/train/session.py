@@ -1,11 +1,12 @@
-"""A run put together: processes, corpora, model, engine, checkpoints, reports."""
+"""A stage of a run put together: corpora, model, engine, checkpoints, reports; and the processes that stages share."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint
+from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint, stage_to_go_on_with
+from megazebra.checkpoint.store import CheckpointError
 from megazebra.checkpoint.weights import ReadOnDemand, Weights, open_weights
 from megazebra.config import Config, save_config
+from megazebra.config.schema import ParallelConfig
+from megazebra.config.stages import Stage, leaves
 from megazebra.context.choice import resolve_specs, sequence_multiple, strategy_table
 from megazebra.data.batch import MicroBatch
 from megazebra.data.errors import CorpusError
@@ -37,12 +41,38 @@ from megazebra.train.trackers import check_trackers
 WORTH_BALANCING = 1.05
 
 
+class World:
+    """The processes of a run. Stages under one layout share its process groups."""
+
+    def __init__(self) -> None:
+        self.device = own_device()
+        self._meshes: dict[tuple[int, int], ParallelMesh] = {}
+
+    def mesh(self, parallel: ParallelConfig) -> ParallelMesh:
+        """Starts torch.distributed when it is first asked for."""
+        start_deepspeed(self.device, parallel.timeout_s)
+        sizes = (parallel.tensor, parallel.context)
+        if sizes not in self._meshes:
+            self._meshes[sizes] = ParallelMesh.build(parallel, self.device)
+        return self._meshes[sizes]
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """The processes of a run, until the `with` block ends. Raises ValueError when this one has no GPU of its own."""
+    yield World()
+    # Without both, most runs end in an abort of a rank that found its peers gone.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 @dataclass
 class Session:
     """validation: for every held-out corpus, what gives this rank's micro-batches of it; the name of
     data.validation_path is ''. reporter is None on all ranks but 0.
     """
 
+    stage: Stage
     config: Config
     device: torch.device
     mesh: ParallelMesh
@@ -55,22 +85,49 @@ class Session:
     reporter: Reporter | None
 
 
+def stages_left(stages: Sequence[Stage], world: World) -> Sequence[Stage]:
+    """Those that the run's checkpoints have not completed; the last one where all are.
+
+    Raises CorpusError and CheckpointError: what is wrong with a late stage's data should show now.
+    """
+    if len(stages) == 1:
+        return stages
+    for stage in stages:
+        open_training_data(stage.config)
+        open_validation_data(stage.config)
+    config = stages[0].config
+
+    def find() -> tuple[int, str | None]:
+        try:
+            go_back = config.checkpoint.on_damage == "go_back"
+            return stage_to_go_on_with(stages, Path(config.run.dir), go_back=go_back).number, None
+        except CheckpointError as error:
+            return 0, str(error)
+
+    group = world.mesh(config.parallel).world
+    number, error = gather_objects(find() if group.rank == 0 else None, group)[0]
+    if error is not None:
+        raise CheckpointError(error)
+    return stages[number:]
+
+
 @contextmanager
-def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[Session]:
-    """Everything a training loop needs, resumed from the newest checkpoint where there is one.
+def open_session(run: Config, stage: Stage, world: World, deepspeed_config: dict[str, Any]) -> Iterator[Session]:
+    """Everything a training loop needs for a stage of the run, resumed from the newest checkpoint where there is one.
 
     Raises ValueError (data, backend, run folder) and CheckpointError, before anything is written.
     """
-    device = own_device()
+    config, device = stage.config, world.device
     data, held_out = open_training_data(config), open_validation_data(config)
     _check_run_folder(config)
     check_trackers(config)
     weights = _initial_weights(config)
     runtime = model_runtime(config, device)
-    start_deepspeed(device, config.parallel.timeout_s)
-    mesh = ParallelMesh.build(config.parallel, device)
+    mesh = world.mesh(config.parallel)
     check_same_everywhere(mesh, data, held_out)
     if mesh.world.rank == 0:  # before the model is built, which takes its time
+        if stage.name:
+            print(f"\n{stage.describe()}: steps {stage.first_step + 1} to {stage.last_step}", flush=True)
         print(*_introduction(config, mesh, device, data, held_out, runtime.backend.reason), sep="\n", flush=True)
         if weights is not None:
             print(*_origin(config, weights), sep="\n", flush=True)
@@ -83,7 +140,7 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
         forward,
         ReadOnDemand(weights) if weights is not None else None,
     )
-    checkpoints = Checkpoints(config, engine, data.identity)
+    checkpoints = Checkpoints(config, engine, data.identity, stage)
     progress = checkpoints.resume()
     loader = PrefetchingLoader(
         StepLoader(
@@ -100,14 +157,17 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
     reporter = None
     if mesh.world.rank == 0:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        save_config(config, Path(config.run.dir) / "config.yaml")
+        save_config(run, Path(config.run.dir) / "config.yaml")
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        reporter = Reporter(config, progress, device, device_name, _unigram_bars(held_out))
-        if progress.step:
+        reporter = Reporter(stage, progress, device, device_name, _unigram_bars(held_out))
+        if stage.name and progress.step == stage.first_step:
+            reporter.begin_stage(progress.step, dict(leaves(run.stages[stage.name])))
+        if progress.step > stage.first_step:
             reporter.message("\n  ".join([f"resumed  after step {progress.step}", *checkpoints.notes]))
-        if progress.step >= config.train.steps:
+        if progress.step >= stage.last_step:
             reporter.message(f"nothing to do: train.steps={config.train.steps} are made; raise it to go on")
     yield Session(
+        stage=stage,
         config=config,
         device=device,
         mesh=mesh,
@@ -119,9 +179,9 @@ def open_session(config: Config, deepspeed_config: dict[str, Any]) -> Iterator[S
         progress=progress,
         reporter=reporter,
     )
-    # Without both, most runs end in an abort of a rank that found its peers gone.
-    dist.barrier()
-    dist.destroy_process_group()
+    engine.close()
+    del engine, checkpoints  # the copies of its last state too
+    gc.collect()  # DeepSpeed's objects know each other in circles, and the next stage needs their memory
 
 
 def own_device() -> torch.device:
