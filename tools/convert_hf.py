@@ -3,9 +3,10 @@
 python tools/convert_hf.py import Llama-2-7b-hf models/llama --pattern GLLL --window 512
 python tools/convert_hf.py export models/zebra zebra-hf
 
-import: a local folder with config.json and safetensors files (Llama, Mistral, Qwen3, Cwm, SmolLM3) becomes a model
-folder, to train on (--checkpoint.init_from). export: a model folder becomes a folder for AutoModelForCausalLM, of the
-class that is exactly this model; where there is none, the options are named that stand in the way.
+import: a local folder with config.json and safetensors files (Llama, Mistral, Qwen3, Cwm, SmolLM3, GraniteSWA, or what
+--remote-code has written) becomes a model folder, to train on (--checkpoint.init_from). export: a model folder becomes
+a folder for AutoModelForCausalLM, of the class that is exactly this model; where there is none, the options are named
+that stand in the way, and --remote-code exports it with a class of ours.
 
 Needs the memory of the largest weight, whatever the model's size. Folders appear complete or not at all.
 """
@@ -36,12 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     conversion: HuggingFaceImport | HuggingFaceExport
     if options.command == "import":
         conversion = HuggingFaceImport(options.source, options.pattern, options.window)
+        becomes = f"from {conversion.architecture}"
     else:
-        conversion = HuggingFaceExport(options.source, {name: getattr(options, name) for name in TOKEN_IDS})
+        ids = {name: getattr(options, name) for name in TOKEN_IDS}
+        conversion = HuggingFaceExport(options.source, ids, remote_code=options.remote_code)
+        becomes = f"to {conversion.architecture}" + (f", which needs {conversion.needs}" if conversion.needs else "")
     check_absent(options.target)
     config = conversion.config
     window = f", window {config.window}" if any(spec.is_local for spec in config.attention_specs()) else ""
-    print(f"{'from' if options.command == 'import' else 'to'} {conversion.architecture}")
+    print(becomes)
     print(f"pattern {config.pattern} over {config.num_layers} layers{window}")
     print(f"{conversion.tensors:,} tensors, {conversion.bytes:,} bytes")
     print(f"with {', '.join(conversion.files) or 'no tokenizer or generation config'}")
@@ -81,6 +85,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         exporting.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="ID", help="(default: generation_config.json's)"
         )
+    exporting.add_argument(
+        "--remote-code", action="store_true",
+        help="where no class is exactly this model: one of our own, whose code (modeling_zebra.py) lies beside the "
+        "weights; it loads with trust_remote_code=True",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megazebra.config.checks import cross_problems
-from megazebra.config.schema import ModelConfig, RopeConfig
+from megazebra.config.schema import ModelConfig
 from megazebra.errors import UserError
-from megazebra.hf.families import BY_MODEL_TYPE, Family
-from megazebra.hf.rope import read_rope
+from megazebra.hf.families import BY_MODEL_TYPE, ZEBRA, Family
+from megazebra.hf.layer_ropes import layers_with_rope, rope_of_kinds
 from megazebra.pattern import pattern_symbols
 
 # Fields under other names; their classes have no default for them that a model would rely on.
@@ -24,6 +25,12 @@ _SIZES = {
     "num_attention_heads": "num_attention_heads",
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
+}
+_ONLY_ZEBRA = {
+    "qk_norm": "qk_norm",
+    "attention_sinks": "attention_sinks",
+    "attention_softcap": "attn_logit_softcapping",
+    "final_logit_softcap": "final_logit_softcapping",
 }
 _KINDS = {"G": "full_attention", "L": "sliding_attention"}
 
@@ -50,9 +57,12 @@ def family_of(fields: Mapping[str, Any]) -> Family:
     return family
 
 
-def model_config(fields: Mapping[str, Any], pattern: str | None = None, window: int | None = None) -> ModelConfig:
+def model_config(
+    fields: Mapping[str, Any], pattern: str | None = None, window: int | None = None, sinks: Collection[int] = ()
+) -> ModelConfig:
     """The model that a config.json describes; `pattern` and `window` replace its own.
 
+    sinks: the layers whose weights have attention sinks, of a class whose configuration does not tell.
     Raises UserError, naming field, value and mend, for what we cannot represent.
     """
     family = family_of(fields)
@@ -75,17 +85,21 @@ def model_config(fields: Mapping[str, Any], pattern: str | None = None, window: 
         "rms_norm_eps": value("rms_norm_eps"),
         "init_std": value("initializer_range"),
     }
+    if family is ZEBRA:
+        settings |= {ours: fields[theirs] for ours, theirs in _ONLY_ZEBRA.items() if theirs in fields}
     window_there = own_window if window is None else window
     if window_there is not None:
         settings["window"] = window_there
     model = _checked(settings)
-    symbols = "".join(map(str, pattern_symbols(model.pattern, model.num_layers)))
+    symbols = pattern_symbols(model.pattern, model.num_layers)
     if "L" in symbols and window_there is None:
         raise UserError(f"pattern {model.pattern!r} has local layers and the model has no window; give --window")
     if "L" not in symbols and window is not None:
         raise UserError(f"window {window} is not read: pattern {model.pattern!r} has no local layer; give --pattern")
-    rope = read_rope(fields, defaults)
-    return _checked(settings | _ropes(family, fields, symbols, rope))
+    settings |= rope_of_kinds(family, fields, symbols)
+    if family.sinks:
+        settings["attention_sinks"] = _attention_sinks(symbols, sinks)
+    return _checked(settings)
 
 
 def _size(fields: Mapping[str, Any], name: str) -> int:
@@ -105,18 +119,31 @@ def _refuse_unsupported(family: Family, fields: Mapping[str, Any]) -> None:
         )
     if fields.get("quantization_config"):
         raise UserError("quantization_config: quantized weights are not supported; take the unquantized model")
-    if family.windows != "layer_types" and set(fields.get("layer_types") or []) - {"full_attention"}:
+    if family.multipliers:
+        _refuse_multipliers(fields)
+    if family.windows in ("none", "every layer") and set(fields.get("layer_types") or []) - {"full_attention"}:
         raise UserError(
             f"layer_types is ignored by {family.architecture}, so what the model computes is not what config.json "
             "says; remove layer_types, or correct model_type (cwm reads them)"
         )
 
 
-def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str, int | None]:
+def _refuse_multipliers(fields: Mapping[str, Any]) -> None:
+    head_dim = fields.get("head_dim") or _size(fields, "hidden_size") // _size(fields, "num_attention_heads")
+    wanted = dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+    for name, only in (wanted | {"attention_multiplier": head_dim**-0.5}).items():
+        value = fields.get(name, 1.0)
+        if not math.isclose(value, only, rel_tol=1e-6):
+            raise UserError(f"{name}={value!r} is not supported; our models have {only:g} there")
+
+
+def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str | tuple[str | int, ...], int | None]:
     """The model's own pattern and window."""
     layers = _size(fields, "num_hidden_layers")
     if family.windows == "none":
         return "G", None
+    if family.windows == "layer_windows":
+        return _layer_windows(fields, layers)
     window = fields.get("sliding_window", family.defaults["sliding_window"])
     if family.windows == "every layer":
         return ("L", window) if window else ("G", None)
@@ -139,40 +166,38 @@ def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str, int | None]
 def _default_layer_types(family: Family, fields: Mapping[str, Any], layers: int, window: int | None) -> list[str]:
     """What the class makes of a config.json without `layer_types`."""
     match family.model_type:
-        case "cwm":
+        case "cwm" | "granite_swa":
             is_local = [i % 4 != 0 for i in range(layers)]
         case "qwen3":
             is_local = [i >= fields.get("max_window_layers", 28) for i in range(layers)]
         case _:
-            is_local = [not rope for rope in _has_rope(family, fields, layers)]
+            is_local = [not has_rope for has_rope in layers_with_rope(fields, layers)]
     return [_KINDS["L" if local and window else "G"] for local in is_local]
 
 
-def _has_rope(family: Family, fields: Mapping[str, Any], layers: int) -> list[bool]:
-    if not family.nope:
-        return [True] * layers
-    listed = fields.get("no_rope_layers")  # 1 where there is RoPE, despite its name
-    if listed is not None:
-        if not isinstance(listed, list) or len(listed) < layers:
-            raise UserError(f"no_rope_layers={listed} must have an entry for each of num_hidden_layers={layers}")
-        return [bool(has_rope) for has_rope in listed[:layers]]
-    interval = fields.get("no_rope_layer_interval", 4)
-    return [(i + 1) % interval != 0 for i in range(layers)]
+def _layer_windows(fields: Mapping[str, Any], layers: int) -> tuple[str | tuple[str | int, ...], int | None]:
+    windows = fields.get("layer_windows") or [None] * layers
+    if not isinstance(windows, list) or len(windows) != layers:
+        raise UserError(f"layer_windows={windows} must have an entry for each of num_hidden_layers={layers}")
+    usual = next((window for window in windows if window is not None), None)
+    symbols = tuple("G" if window is None else "L" if window == usual else window for window in windows)
+    return (symbols if set(symbols) - {"G", "L"} else _shortest("".join(map(str, symbols)))), usual
 
 
-def _ropes(family: Family, fields: Mapping[str, Any], symbols: str, rope: RopeConfig) -> dict[str, RopeConfig]:
-    """The rotary embedding of the two kinds of layer: the model's one, or none."""
-    has_rope = _has_rope(family, fields, len(symbols))
-    ropes = {}
-    for symbol, key in (("G", "rope_global"), ("L", "rope_local")):
-        here = {rope_here for rope_here, other in zip(has_rope, symbols, strict=True) if other == symbol}
-        if len(here) > 1:
-            raise UserError(
-                f"no_rope_layers={[int(value) for value in has_rope]} gives only some of the {symbol} layers of "
-                f"{symbols} a rotary embedding; choose a pattern whose G or L layers are those without one"
-            )
-        ropes[key] = rope.model_copy(update={"enabled": here != {False}})
-    return ropes
+def _attention_sinks(symbols: Sequence[str | int], layers: Collection[int]) -> str:
+    """model.attention_sinks of a model in which these layers have them."""
+    of_kind = {
+        "none": set(),
+        "all": set(range(len(symbols))),
+        "local": {layer for layer, symbol in enumerate(symbols) if symbol != "G"},
+    }
+    for kind, those in of_kind.items():
+        if set(layers) == those:
+            return kind
+    raise UserError(
+        f"layers {sorted(layers)} have attention sinks, which are neither none, all, nor the local ones of the pattern "
+        f"{''.join(map(str, symbols))}; choose a pattern with those local layers"
+    )
 
 
 def _checked(settings: dict[str, Any]) -> ModelConfig:

@@ -7,23 +7,31 @@ from typing import Any
 
 from megazebra.config.schema import ModelConfig
 from megazebra.errors import UserError
-from megazebra.hf.families import FAMILIES, Family
+from megazebra.hf.families import FAMILIES, ZEBRA, Family
 from megazebra.hf.rope import rope_parameters
+from megazebra.hf.zebra_class import zebra_fields
+
+_MEND = "--remote-code exports it with a class of its own, which loads with trust_remote_code=True"
 
 
-def choose_family(config: ModelConfig) -> Family:
-    """The first class that represents the model exactly.
+def choose_family(config: ModelConfig, remote_code: bool = False) -> Family:
+    """The first class that represents the model exactly; where there is none, with `remote_code`, our own.
 
     Raises UserError naming the options that no class has, or else, for each class, what stands in its way.
     """
-    if problems := list(_beyond_all(config)):
-        raise UserError("no class of transformers that we write has this model: " + "; ".join(problems))
+    beyond_all = list(_beyond_all(config))
     obstacles = {family.architecture: list(_obstacles(family, config)) for family in FAMILIES}
-    for family in FAMILIES:
-        if not obstacles[family.architecture]:
-            return family
+    if not beyond_all:
+        for family in FAMILIES:
+            if not obstacles[family.architecture]:
+                return family
+    if remote_code:
+        return ZEBRA
+    if beyond_all:
+        raise UserError(f"no class of transformers that we write has this model: {'; '.join(beyond_all)}; {_MEND}")
     lines = [f"  {architecture}: {', '.join(listed)}" for architecture, listed in obstacles.items()]
-    raise UserError("\n".join(["no class of transformers that we write has all options of this model:", *lines]))
+    lines = ["no class of transformers that we write has all options of this model:", *lines, _MEND]
+    raise UserError("\n".join(lines))
 
 
 def config_json(
@@ -42,7 +50,6 @@ def config_json(
             f"{family.architecture} needs {' and '.join(missing)}, and the model folder has no generation_config.json "
             f"that tells; give {options}"
         )
-    rope = _rope(config)
     fields = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -61,54 +68,62 @@ def config_json(
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "rope_parameters": rope,
-        # For readers before transformers 5, which would silently take their class's own theta.
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"},
         **token_ids,
     }
     if family.attention_bias:
         fields["attention_bias"] = config.attention_bias
     if family.mlp_bias:
         fields["mlp_bias"] = config.mlp_bias
-    return fields | _window_fields(family, config)
+    if family.multipliers:
+        fields |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+        fields["attention_multiplier"] = config.head_size**-0.5
+    if family is ZEBRA:
+        return fields | zebra_fields(config)
+    return fields | _rope_fields(family, config) | _window_fields(family, config)
 
 
-def _window_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
-    specs = config.attention_specs()
-    windows = {spec.window for spec in specs if spec.window is not None}
-    window = windows.pop() if windows else None
-    if family.windows == "none":
-        return {}
-    fields: dict[str, Any] = {"sliding_window": window}
-    if family.windows == "layer_types":
-        fields["use_sliding_window"] = window is not None
-        fields["layer_types"] = ["sliding_attention" if spec.is_local else "full_attention" for spec in specs]
-    if family.nope:
-        fields["no_rope_layers"] = [int(spec.rope.enabled) for spec in specs]
+def _rope_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
+    ropes = [spec.rope for spec in config.attention_specs()]
+    enabled = [rope for rope in ropes if rope.enabled]
+    # Without any, what is never read.
+    shared = rope_parameters((enabled or [config.rope_global])[0], config.head_size)
+    fields = {
+        "rope_parameters": shared,
+        # For readers before transformers 5, which would silently take their class's own theta.
+        "rope_theta": shared["rope_theta"],
+        "rope_scaling": {name: value for name, value in shared.items() if name != "rope_theta"},
+    }
+    if family.ropes == "or none":
+        fields["no_rope_layers"] = [int(rope.enabled) for rope in ropes]
+    if family.ropes == "theta":
+        thetas = [rope_parameters(rope, config.head_size)["rope_theta"] if rope.enabled else 0 for rope in ropes]
+        fields["layer_rope_theta"] = thetas
     return fields
 
 
-def _rope(config: ModelConfig) -> dict[str, Any]:
-    """What all layers with a rotary embedding share; without any, what is never read."""
-    enabled = [spec.rope for spec in config.attention_specs() if spec.rope.enabled]
-    return rope_parameters((enabled or [config.rope_global])[0], config.head_size)
+def _window_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
+    if family.windows == "none":
+        return {}
+    specs = config.attention_specs()
+    windows = {spec.window for spec in specs if spec.window is not None}
+    fields: dict[str, Any] = {"sliding_window": windows.pop() if windows else None}
+    if family.windows == "layer_types":
+        fields["use_sliding_window"] = fields["sliding_window"] is not None
+        fields["layer_types"] = ["sliding_attention" if spec.is_local else "full_attention" for spec in specs]
+    return fields
 
 
 def _beyond_all(config: ModelConfig) -> Iterator[str]:
-    specs = config.attention_specs()
-    if any(spec.sinks for spec in specs):
-        yield f"model.attention_sinks={config.attention_sinks} (only none)"
     if config.attention_softcap is not None:
         yield f"model.attention_softcap={config.attention_softcap} (only null)"
     if config.final_logit_softcap is not None:
         yield f"model.final_logit_softcap={config.final_logit_softcap} (only null)"
+    specs = config.attention_specs()
     windows = sorted({spec.window for spec in specs if spec.window is not None})
     if len(windows) > 1:
         yield f"model.pattern has the windows {windows} (only one)"
-    ropes = [rope_parameters(spec.rope, config.head_size) for spec in specs if spec.rope.enabled]
-    if different := [rope for rope in ropes if rope != ropes[0]]:
-        yield f"model.rope_global and model.rope_local differ ({ropes[0]} and {different[0]}; only one for all layers)"
+    if different := _unlike_first(config, ignored={"rope_theta"}):
+        yield f"model.rope_global and model.rope_local differ in more than theta ({' and '.join(map(str, different))})"
 
 
 def _obstacles(family: Family, config: ModelConfig) -> Iterator[str]:
@@ -118,7 +133,11 @@ def _obstacles(family: Family, config: ModelConfig) -> Iterator[str]:
         yield f"model.pattern={config.pattern} has local layers"
     if len(local) < len(specs) and family.windows == "every layer":
         yield f"model.pattern={config.pattern} has global layers"
-    if not family.nope and not all(spec.rope.enabled for spec in specs):
+    if any(spec.sinks for spec in specs) and not family.sinks:
+        yield f"model.attention_sinks={config.attention_sinks}"
+    if different := _unlike_first(config, ignored={"rope_theta"} if family.ropes == "theta" else set()):
+        yield f"model.rope_global and model.rope_local differ ({' and '.join(map(str, different))})"
+    if family.ropes == "same" and not all(spec.rope.enabled for spec in specs):
         yield "layers without RoPE (model.rope_global.enabled or model.rope_local.enabled is false)"
     for option, has in (("attention_bias", family.attention_bias), ("mlp_bias", family.mlp_bias)):
         if getattr(config, option) and not has:
@@ -127,3 +146,10 @@ def _obstacles(family: Family, config: ModelConfig) -> Iterator[str]:
         yield f"model.qk_norm={str(config.qk_norm).lower()}"
     if family.heads_divide_width and config.hidden_size % config.num_attention_heads:
         yield f"model.hidden_size={config.hidden_size} is no multiple of the {config.num_attention_heads} heads"
+
+
+def _unlike_first(config: ModelConfig, ignored: set[str]) -> list[dict[str, Any]]:
+    """The first rotary embedding and one that differs from it; empty where all layers that have any share one."""
+    ropes = [rope_parameters(spec.rope, config.head_size) for spec in config.attention_specs() if spec.rope.enabled]
+    others = [rope for rope in ropes if {**rope, **dict.fromkeys(ignored)} != {**ropes[0], **dict.fromkeys(ignored)}]
+    return [ropes[0], others[0]] if others else []

@@ -15,7 +15,7 @@ from megazebra.checkpoint.weight_files import MAX_FILE_BYTES, find_weights
 from megazebra.errors import UserError
 from megazebra.hf import companions
 from megazebra.hf.config_reading import family_of, model_config, read_fields
-from megazebra.hf.weights import EMBEDDING, OUTPUT, check_weights, equal
+from megazebra.hf.weights import EMBEDDING, NO_SINK, OUTPUT, SINKS, check_weights, equal, layer_of
 
 
 class HuggingFaceImport:
@@ -30,12 +30,15 @@ class HuggingFaceImport:
     def __init__(self, source: str | Path, pattern: str | None = None, window: int | None = None) -> None:
         self.source = Path(source)
         fields = read_fields(self.source)
-        self.architecture = family_of(fields).architecture
+        family = family_of(fields)
+        self.architecture = family.architecture
+        weights = self._stored_weights(drop_absent_sinks=family.sinks)
+        sinks = [layer_of(name) for name in weights if name.endswith(SINKS)]
         try:
-            self.config = model_config(fields, pattern, window)
+            self.config = model_config(fields, pattern, window, sinks)
         except UserError as error:
             raise UserError(f"{self.source / 'config.json'}: {error}") from error
-        self._weights = self._own_weights()
+        self._weights = self._own_weights(weights)
         self.tensors = len(self._weights)
         self.bytes = sum(map(_bytes, self._weights.values()))
         self._tokenizer_files = companions.tokenizer_files(self.source)
@@ -67,13 +70,16 @@ class HuggingFaceImport:
             if self._generation:
                 writer.add_file(companions.GENERATION_NAME, companions.as_json(self._generation))
 
-    def _own_weights(self) -> dict[str, StoredTensor]:
-        # Files of old versions hold the rotary frequencies too, which follow from the configuration.
-        weights = {
-            name: stored
-            for name, stored in find_weights(self.source).items()
-            if not name.endswith("rotary_emb.inv_freq")
-        }
+    def _stored_weights(self, *, drop_absent_sinks: bool) -> dict[str, StoredTensor]:
+        weights = {}
+        for name, stored in find_weights(self.source).items():
+            # Files of old versions hold the rotary frequencies too, which follow from the configuration.
+            if name.endswith("rotary_emb.inv_freq") or (drop_absent_sinks and _is_absent_sink(name, stored)):
+                continue
+            weights[name] = stored
+        return weights
+
+    def _own_weights(self, weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         tied = weights.pop(OUTPUT, None) if self.config.tie_word_embeddings else None
         if tied is not None and EMBEDDING in weights and not equal(tied, weights[EMBEDDING]):
             raise CheckpointError(
@@ -89,3 +95,8 @@ class HuggingFaceImport:
 
 def _bytes(stored: StoredTensor) -> int:
     return stored.dtype.itemsize * prod(stored.shape)
+
+
+def _is_absent_sink(name: str, stored: StoredTensor) -> bool:
+    # Training it further moves it no gradient, though weight decay may: anything near is as far below every logit.
+    return name.endswith(SINKS) and bool((stored.read(0, prod(stored.shape)) < NO_SINK / 2).all())

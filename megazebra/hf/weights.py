@@ -13,6 +13,9 @@ from megazebra.config.schema import ModelConfig
 from megazebra.plan.parameters import parameters
 
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SINKS = ".self_attn.sinks"
+# A sink so far below any logit takes no weight at all: its share of the softmax rounds to zero. Exact in every dtype.
+NO_SINK = -(2.0**14)
 _BLOCK_ELEMENTS = 1 << 22
 _SHOWN = 5
 
@@ -45,3 +48,14 @@ def equal(one: StoredTensor, other: StoredTensor) -> bool:
     starts = range(0, elements, _BLOCK_ELEMENTS)
     blocks = ((start, min(_BLOCK_ELEMENTS, elements - start)) for start in starts)
     return all(torch.equal(one.read(*block), other.read(*block)) for block in blocks)
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a weight belongs to."""
+    return int(name.removeprefix("model.layers.").partition(".")[0])
+
+
+def absent_sinks(config: ModelConfig) -> list[str]:
+    """Names that the sinks of layers without them have in a class where every layer has some."""
+    specs = config.attention_specs()
+    return [f"model.layers.{layer}{SINKS}" for layer, spec in enumerate(specs) if not spec.sinks]

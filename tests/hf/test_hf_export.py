@@ -62,6 +62,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "no rope at all": ("SmolLM3", both(NOPE)),
     "local layers with biases": ("SmolLM3", {"attention_bias": True}),
+    "two thetas": ("GraniteSWA", {"rope_global": {"theta": 5e5}}),
+    "two thetas, each stretched alike": (
+        "GraniteSWA",
+        {"rope_global": YARN | {"theta": 5e5}, "rope_local": YARN, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "ntk beside none": ("GraniteSWA", {"rope_global": {"scaling": "ntk", "factor": 2.0}, "head_dim": 16}),
+    "sinks everywhere": ("GraniteSWA", {"attention_sinks": "all", "attention_bias": True}),
+    "sinks in local layers, no rope in global ones": (
+        "GraniteSWA",
+        {"attention_sinks": "local", "rope_global": NOPE, "num_attention_heads": 6, "head_dim": 8},
+    ),
     "heads that do not divide the width": ("SmolLM3", {"num_attention_heads": 6, "head_dim": 8}),
 }
 
@@ -93,7 +104,7 @@ def test_the_class_is_chosen_that_gives_our_logits_and_it_can_be_imported(tmp_pa
     assert (back.kv_heads, back.head_size) == (config.kv_heads, config.head_size)
 
 
-@pytest.mark.parametrize("case", ["GLLL", "all local", "qk-norm", "no rope in global layers"])
+@pytest.mark.parametrize("case", ["GLLL", "all local", "qk-norm", "no rope in global layers", "two thetas"])
 def test_cached_generation_is_the_argmax_of_the_full_forward(tmp_path: Path, case: str) -> None:
     ours, theirs = export(tmp_path, **CASES[case][1])
     theirs.generation_config.eos_token_id = None
@@ -108,11 +119,21 @@ def test_cached_generation_is_the_argmax_of_the_full_forward(tmp_path: Path, cas
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "sinks": ({"attention_sinks": "local"}, r"model.attention_sinks=local \(only none\)"),
+    "sinks and qk-norm": (
+        {"attention_sinks": "local", "qk_norm": True},
+        r"(?s)Qwen3ForCausalLM: model.attention_sinks=local.*GraniteSWAForCausalLM: model.qk_norm=true",
+    ),
     "softcap": ({"attention_softcap": 30.0}, r"model.attention_softcap=30.0 \(only null\)"),
     "final softcap": ({"final_logit_softcap": 30.0}, r"model.final_logit_softcap=30.0 \(only null\)"),
     "two windows": ({"pattern": ("G", 5, 7, "L")}, r"model.pattern has the windows \[5, 7\] \(only one\)"),
-    "two thetas": ({"rope_global": {"theta": 5e5}}, "model.rope_global and model.rope_local differ"),
+    "two scalings": (
+        {"rope_global": {"scaling": "linear", "factor": 2.0}},
+        r"rope_global and model.rope_local differ in more than theta \(.*linear.*default.*\); --remote-code exports it",
+    ),
+    "two thetas and qk-norm": (
+        {"rope_global": {"theta": 5e5}, "qk_norm": True},
+        "(?s)Qwen3ForCausalLM: model.rope_global and model.rope_local differ .*--remote-code exports it",
+    ),
     "qk-norm and no rope": (
         {"qk_norm": True, "rope_global": NOPE},
         r"(?s)Qwen3ForCausalLM: layers without RoPE.*SmolLM3ForCausalLM: model.qk_norm=true",

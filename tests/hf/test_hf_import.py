@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import SIZES, edit_config, load_ours, load_theirs, logits, save_theirs
+from hf_models import SIZES, TOKEN_IDS, edit_config, load_ours, load_theirs, logits, save_ours, save_theirs
 from models.zebras import random_tokens
 from safetensors.torch import load_file, save_file
-from transformers import CwmConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config, SmolLM3Config
+from transformers import (
+    CwmConfig,
+    GraniteSWAConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from megazebra.checkpoint.model_folder import ModelFolder
 from megazebra.checkpoint.store import CheckpointError
@@ -50,6 +58,8 @@ CASES: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "smollm3": (SmolLM3Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, layer_types=GLLL,
                               no_rope_layers=[0, 1, 1, 1]), "GLLL"),
+    "granite_swa": (GraniteSWAConfig(**SIZES, sliding_window=WINDOW, attention_multiplier=8**-0.5, attention_bias=True,
+                                     layer_rope_theta=[5e5, 0, 0, 0], tie_word_embeddings=False), "GLLL"),
 }  # fmt: skip
 
 
@@ -109,9 +119,11 @@ def test_a_pattern_puts_layers_without_rope_where_they_belong() -> None:
     smollm3 = fields(model_type="smollm3", no_rope_layers=[1, 1, 1, 0])
     config = model_config(smollm3, "LLLG", 16)
     assert (config.rope_local.enabled, config.rope_global.enabled) == (True, False)
-    with pytest.raises(UserError, match=r"no_rope_layers=\[1, 1, 1, 0\] gives only some of the L layers of GLLL"):
+    with pytest.raises(UserError, match=r"no_rope_layers=\[1, 1, 1, 0\] gives the local layers of GLLL different"):
         model_config(smollm3, "GLLL", 16)
-    with pytest.raises(UserError, match="gives only some of the G layers of GGGG"):
+    with pytest.raises(
+        UserError, match="gives the global layers of GGGG different rotary embeddings; choose a pattern"
+    ):
         model_config(smollm3)
 
 
@@ -170,11 +182,15 @@ def test_cwm_takes_its_own_rope_where_config_json_has_none() -> None:
         model_config(cwm | {"rope_theta": 10000.0})
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, CwmConfig, Qwen3Config, SmolLM3Config])
+KINDS = [LlamaConfig, MistralConfig, CwmConfig, Qwen3Config, SmolLM3Config, GraniteSWAConfig]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_absent_fields_are_those_of_the_class(kind: type[PretrainedConfig]) -> None:
     own = kind(num_hidden_layers=4)
     sizes = {name: getattr(own, name) for name in SIZES if name not in ("num_key_value_heads", "head_dim")}
-    config = model_config({"model_type": own.model_type, **sizes}, "LLLG", 16)
+    factors = {"attention_multiplier": (own.hidden_size // own.num_attention_heads) ** -0.5}  # its own is not ours
+    config = model_config({"model_type": own.model_type, **sizes, **factors}, "LLLG", 16)
     assert config.kv_heads == own.num_key_value_heads
     assert config.head_size == getattr(own, "head_dim", own.hidden_size // own.num_attention_heads)
     assert config.rms_norm_eps == own.rms_norm_eps
@@ -216,6 +232,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "qwen3", "layer_types": GLLL, "use_sliding_window": False},
         "layer_types has sliding_attention but there is no window; set sliding_window",
     ),
+    "another scale of logits": (
+        {"model_type": "granite_swa", "attention_multiplier": 0.5},
+        "attention_multiplier=0.5 is not supported; our models have 0.353553 there",
+    ),
+    "another scale of residuals": (
+        {"model_type": "granite_swa", "attention_multiplier": 8**-0.5, "residual_multiplier": 0.2},
+        "residual_multiplier=0.2 is not supported; our models have 1 there",
+    ),
+    "few thetas": (
+        {"model_type": "granite_swa", "attention_multiplier": 8**-0.5, "layer_rope_theta": [1e4]},
+        r"layer_rope_theta=\[10000.0\] must have a number >= 0 for each of num_hidden_layers=4",
+    ),
+    "thetas of one kind": (
+        {"model_type": "granite_swa", "attention_multiplier": 8**-0.5, "layer_rope_theta": [1e4, 1e4, 1e4, 5e5]},
+        "gives the local layers of GLLL different rotary embeddings; choose a pattern",
+    ),
+    "few windows": ({"model_type": "zebra", "layer_windows": [3]}, "layer_windows=.3. must have an entry for each"),
+    "rope of another form": (
+        {"model_type": "zebra", "global_rope": 1e4},
+        "global_rope=10000.0 must be null or an object",
+    ),
     "few rope flags": ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers=.1. must have an entry"),
 }
 
@@ -225,6 +262,28 @@ def test_unsupported_options_name_field_value_and_mend(case: str) -> None:
     changes, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         model_config(fields(**changes))
+
+
+def test_sinks_belong_to_no_layer_to_all_or_to_the_local_ones() -> None:
+    granite = fields(model_type="granite_swa", attention_multiplier=8**-0.5, sliding_window=WINDOW)
+    for layers, expected in (((), "none"), (range(4), "all"), ((1, 2, 3), "local")):
+        assert model_config(granite, sinks=layers).attention_sinks == expected
+    assert model_config(granite, "LLLG", sinks=(0, 1, 2)).attention_sinks == "local"
+    with pytest.raises(UserError, match=r"layers \[0\] have attention sinks, which are neither .* of the pattern GLLL"):
+        model_config(granite, sinks=[0])
+
+
+def test_sinks_that_never_took_weight_are_left_out_though_decayed(tmp_path: Path) -> None:
+    save_ours(tmp_path / "model", attention_sinks="local")
+    HuggingFaceExport(tmp_path / "model", TOKEN_IDS).write(tmp_path / "hf")
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    weights = load_file(path)
+    absent = weights["model.layers.0.self_attn.sinks"]
+    assert torch.equal(absent, torch.full((4,), -16384.0))
+    absent *= 0.75
+    save_file(weights, path, {"format": "pt"})
+    config = HuggingFaceImport(tmp_path / "hf").config
+    assert config.attention_sinks == "local"
 
 
 def test_pattern_and_window_belong_together() -> None:

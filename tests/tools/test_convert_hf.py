@@ -7,7 +7,7 @@ from pathlib import Path
 import convert_hf
 import pytest
 import torch
-from hf.hf_models import SIZES, load_theirs, logits, save_theirs
+from hf.hf_models import SIZES, load_theirs, logits, save_ours, save_theirs
 from models.zebras import random_tokens, small_config
 from support.command_line import ROOT, run_alone
 from transformers import LlamaConfig
@@ -58,6 +58,19 @@ def test_there_and_back(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     tokens, _ = random_tokens(small_config(), 1, 20)
     # Weights of size 32^-0.5 rounded to 8 bits: logits of size one, sums of 32 such products over ten layers.
     torch.testing.assert_close(logits(theirs, tokens), logits(load_theirs(hf), tokens), rtol=0, atol=0.15)
+
+
+def test_code_travels_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_ours(tmp_path / "model", attention_softcap=30.0)
+    with pytest.raises(UserError, match=r"attention_softcap=30.0 .only null.; --remote-code exports it"):
+        run(capsys, "export", tmp_path / "model", tmp_path / "hf")
+    lines = run(capsys, "export", tmp_path / "model", tmp_path / "hf", "--remote-code")
+    assert lines[0] == "to ZebraForCausalLM, which needs trust_remote_code=True"
+    assert lines[3] == "with configuration_zebra.py, modeling_zebra.py"
+    assert (tmp_path / "hf" / "modeling_zebra.py").exists()
+    save_ours(tmp_path / "two-thetas", rope_global={"theta": 5e5})
+    lines = run(capsys, "export", tmp_path / "two-thetas", tmp_path / "granite", "--remote-code", "--dry-run")
+    assert lines[0] == "to GraniteSWAForCausalLM, which needs transformers 5.15 or newer"
 
 
 def test_a_mistake_is_a_message(hf: Path, tmp_path: Path) -> None:
