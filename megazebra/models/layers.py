@@ -17,6 +17,7 @@ from megazebra.attention.packing import Packing
 from megazebra.config.schema import ModelConfig
 from megazebra.context.replay import Replay
 from megazebra.context.strategy import load_strategy
+from megazebra.models.caching import LayerCache
 from megazebra.models.rope import apply_rope
 from megazebra.models.runtime import ModelRuntime
 from megazebra.parallel.collectives import reduce_gradient
@@ -85,7 +86,14 @@ class Attention(nn.Module):
             self.sinks = nn.Parameter(torch.zeros(heads))
             mark_sharded(self.sinks, dim=0, full_size=config.num_attention_heads)
 
-    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None, replay: Replay | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSE: Tensor,
+        rope: CosSin,
+        packing: Packing | None,
+        replay: Replay | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         if replay is not None:
             replay.begin()
         entered = self.runtime.enter(x_BSE, self.mesh.tp, self.label)
@@ -95,9 +103,14 @@ class Attention(nn.Module):
         del entered  # attention should not have to hold the whole input
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSGD = self.q_norm(q_BSHD), self.k_norm(k_BSGD)
+        q_BSHD = apply_rope(q_BSHD, rope, self.runtime.elementwise.rotate)
+        k_BSGD = apply_rope(k_BSGD, rope, self.runtime.elementwise.rotate)
+        if cache is not None:
+            out_BSHD = cache.attend(q_BSHD, k_BSGD, v_BSGD, backend=self.runtime.backend, sinks_H=self.sinks)
+            return self.o_proj(out_BSHD.flatten(2))
         out_BSHD = self.attend(
-            apply_rope(q_BSHD, rope, self.runtime.elementwise.rotate),
-            apply_rope(k_BSGD, rope, self.runtime.elementwise.rotate),
+            q_BSHD,
+            k_BSGD,
             v_BSGD,
             spec=self.spec,
             packing=packing,
@@ -153,8 +166,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
         self.mlp = SwiGLU(config, mesh, runtime, f"{name}.mlp")
 
-    def forward(self, x_BSE: Tensor, rope: CosSin, packing: Packing | None, replay: Replay | None = None) -> Tensor:
-        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, packing, replay)
+    def forward(
+        self,
+        x_BSE: Tensor,
+        rope: CosSin,
+        packing: Packing | None,
+        replay: Replay | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope, packing, replay, cache)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
 
 

@@ -7,7 +7,6 @@ Legend: B batch, S sequence of this context-parallel rank, E width of the residu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from megazebra.attention.packing import Packing
 from megazebra.config.schema import ModelConfig, RopeConfig
 from megazebra.context.replay import Replay
+from megazebra.models.caching import Cache
 from megazebra.models.layers import Block, CosSin, RMSNorm, recomputed
 from megazebra.models.rope import cos_sin
 from megazebra.models.runtime import ModelRuntime
 from megazebra.parallel.collectives import enter_tensor_parallel
-from megazebra.parallel.cross_entropy import VocabParallelHead
+from megazebra.parallel.cross_entropy import Reduction, VocabParallelHead
 from megazebra.parallel.linear import VocabParallelEmbedding
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.pattern import AttentionSpec
@@ -44,15 +44,23 @@ class ZebraDecoder(nn.Module):
         shared = mesh.tp if runtime.sequence_parallel else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, runtime, shared)
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, packing: Packing | None, seq_len: int) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        packing: Packing | None,
+        seq_len: int,
+        cache: Cache | None = None,
+    ) -> Tensor:
         # Layers that share a RopeConfig share one table: two of them at most, unless the pattern names more.
         ropes = {spec.rope for spec in self.specs}
         tables = {rope: self._rope_table(rope, positions_BS, seq_len) for rope in ropes}
         recompute_blocks = self.runtime.recompute == "full" and torch.is_grad_enabled()
         x_BSE = self.embed_tokens(tokens_BS)
-        for layer, spec in zip(self.layers, self.specs, strict=True):
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, spec, kept in zip(self.layers, self.specs, caches, strict=True):
             inputs = (x_BSE, tables[spec.rope], packing)
-            x_BSE = recomputed(layer, *inputs, Replay()) if recompute_blocks else layer(*inputs)
+            x_BSE = recomputed(layer, *inputs, Replay()) if recompute_blocks else layer(*inputs, cache=kept)
         return self.norm(x_BSE)
 
     def _rope_table(self, rope: RopeConfig, positions_BS: Tensor, seq_len: int) -> CosSin:
@@ -94,22 +102,32 @@ class ZebraModel(nn.Module):
         labels_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         packing: Packing | None = None,
-        reduction: Literal["sum", "none"] = "sum",
+        reduction: Reduction = "sum",
         seq_len: int | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Summed cross-entropy of this rank's tokens (fp32 scalar, the same on every tp rank).
 
         tokens_BS: int64 token ids, this context-parallel rank's part of every sequence. labels_BS: int64, already
         shifted, -100 where not counted; None returns the logits [B, S, V]. positions_BS: int64, counted from the
         sequence's first token where None; packed documents restart at 0. packing: documents of each whole row; None:
-        one each. reduction: 'none' returns the loss of each token [B, S], without gradients. seq_len: tokens of a whole
-        sequence without padding; None: all.
+        one each. reduction: 'none' returns the loss of each token [B, S], without gradients; 'scores' also whether the
+        label is the likeliest token, [2, B, S]. seq_len: tokens of a whole sequence without padding; None: all.
+
+        cache: what was kept of the tokens before; these are the next ones. It knows positions, packing and seq_len, and
+        there are no gradients. last_only: nothing but the last token of every row goes through the output layer, so
+        that logits are [B, 1, V].
         """
         cp, S = self.mesh.cp, tokens_BS.shape[1]
-        if positions_BS is None:
+        if cache is not None:
+            positions_BS, seq_len = cache.begin(S), cache.capacity
+        elif positions_BS is None:
             positions_BS = torch.arange(cp.rank * S, (cp.rank + 1) * S, device=tokens_BS.device).expand_as(tokens_BS)
-        hidden_BSE = self.model(tokens_BS, positions_BS, packing, seq_len or S * cp.size)
+        hidden_BSE = self.model(tokens_BS, positions_BS, packing, seq_len or S * cp.size, cache)
         hidden_BSE = enter_tensor_parallel(
             hidden_BSE, self.mesh.tp, sequence_parallel=self.runtime.sequence_parallel, label="lm_head"
         )
+        if last_only:
+            hidden_BSE = hidden_BSE[:, -1:]
         return self.lm_head(hidden_BSE, labels_BS, reduction)

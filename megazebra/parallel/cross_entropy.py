@@ -21,11 +21,18 @@ from megazebra.parallel.collectives import all_gather, all_reduce
 from megazebra.parallel.mesh import Group
 from megazebra.parallel.sharding import mark_sharded
 
+Reduction = Literal["sum", "none", "scores"]
+
 
 class _Chunk:
-    """Losses of one chunk's labels, and what their gradient needs."""
+    """Losses of one chunk's labels, and what their gradient needs.
 
-    def __init__(self, hidden_CE: Tensor, weight_VE: Tensor, labels_C: Tensor, head: VocabParallelHead) -> None:
+    hits: also find which labels are the likeliest token, hit_C.
+    """
+
+    def __init__(
+        self, hidden_CE: Tensor, weight_VE: Tensor, labels_C: Tensor, head: VocabParallelHead, *, hits: bool = False
+    ) -> None:
         compute = torch.promote_types(hidden_CE.dtype, torch.float32)
         logits_CV = (hidden_CE @ weight_VE.T).to(compute)
         self.tanh_CV: Tensor | None = None
@@ -40,11 +47,20 @@ class _Chunk:
         self.target_C = local_C.masked_fill(~self.here_C, 0)
         target_logit_C = logits_CV.gather(1, self.target_C[:, None])[:, 0].masked_fill(~self.here_C, 0)
         maximum_C = all_reduce(logits_CV.amax(dim=-1), head.tp, maximum=True, label="loss")
+        if hits:
+            self.hit_C = self.valid_C & (labels_C == self._likeliest(logits_CV, maximum_C, head))
         # In place: besides the soft-cap's, there is one matrix of this size.
         self.exp_CV = logits_CV.sub_(maximum_C[:, None]).exp_()
         sums_2C = torch.stack([self.exp_CV.sum(dim=-1), target_logit_C])
         self.sum_exp_C, target_logit_C = all_reduce(sums_2C, head.tp, label="loss")
         self.loss_C = (maximum_C + self.sum_exp_C.log() - target_logit_C).masked_fill(~self.valid_C, 0)
+
+    @staticmethod
+    def _likeliest(logits_CV: Tensor, maximum_C: Tensor, head: VocabParallelHead) -> Tensor:
+        """The token with the largest logit over all ranks; of several the first, as torch.argmax has it."""
+        first_C = head.first_token + logits_CV.argmax(dim=-1)
+        first_C.masked_fill_(logits_CV.amax(dim=-1) < maximum_C, head.vocab_size)  # another rank has it
+        return -all_reduce(-first_C, head.tp, maximum=True, label="loss")
 
     def take_logit_gradient(self) -> Tensor:
         """d(sum of losses)/d(logits before the soft-cap): softmax minus one-hot, [C, V]. Ends the chunk."""
@@ -101,6 +117,7 @@ class VocabParallelHead(nn.Module):
     `forward` is the only entry, since ZeRO-3 gathers a module's weights around it:
     with labels and reduction 'sum', the summed cross-entropy (fp32 scalar, the same on every tp rank);
     with 'none', the loss of every token [B, S], without gradients;
+    with 'scores', that and whether the label is the likeliest token (1 or 0, the first of equals), fp32 [2, B, S];
     without labels, the logits [B, S, vocab_size] (differentiable where tp is 1).
     """
 
@@ -118,20 +135,25 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         mark_sharded(self.weight, dim=0, full_size=vocab_size)
 
-    def forward(
-        self, hidden_BSE: Tensor, labels_BS: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
-    ) -> Tensor:
+    def forward(self, hidden_BSE: Tensor, labels_BS: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
         if labels_BS is None:
             return self._logits(hidden_BSE)
         hidden_NE, labels_N = hidden_BSE.flatten(0, 1), labels_BS.flatten()
         if reduction == "sum" and torch.is_grad_enabled():
             return _SummedLoss.apply(hidden_NE, self.weight, labels_N, self)
+        hits = reduction == "scores"
+        losses, chunk_hits = [], []
         with torch.no_grad():
-            losses = [
-                _Chunk(hidden_NE[rows], self.weight, labels_N[rows], self).loss_C for rows in self.chunks(len(labels_N))
-            ]
+            for rows in self.chunks(len(labels_N)):
+                chunk = _Chunk(hidden_NE[rows], self.weight, labels_N[rows], self, hits=hits)
+                losses.append(chunk.loss_C)
+                if hits:
+                    chunk_hits.append(chunk.hit_C.to(chunk.loss_C.dtype))
+                del chunk  # before the next one's logits are there
         if reduction == "sum":
             return torch.stack([loss_C.sum() for loss_C in losses]).sum()
+        if hits:
+            return torch.cat([*losses, *chunk_hits]).view(2, *labels_BS.shape)
         return torch.cat(losses).view_as(labels_BS)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
