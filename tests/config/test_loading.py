@@ -150,7 +150,7 @@ def test_wrong_shapes_are_refused(override: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("--steps=5", "command line --steps=5: unknown key 'steps'; did you mean 'train.steps'?"),
+        ("--steps=5", "command line --steps=5: unknown key 'steps'; did you mean 'train.steps' or 'profile.steps'?"),
         ("model.windw=5", "command line --model.windw=5: unknown key 'model.windw'; did you mean 'model.window'?"),
         ("train.window=5", "command line --train.window=5: unknown key 'train.window'; did you mean 'model.window'?"),
         ("windw=5", "command line --windw=5: unknown key 'windw'; did you mean 'model.window'?"),
@@ -172,7 +172,7 @@ def test_unknown_keys_and_missing_values(override: str, problem: str, tmp_path: 
 
 def test_a_name_that_several_sections_have_suggests_them_all(tmp_path: Path) -> None:
     (problem,) = problems_of(None, "interval=5", folder=tmp_path)
-    assert "'validation.interval' or 'checkpoint.interval' or 'logging.interval'" in problem
+    assert "'validation.interval' or 'evaluation.interval' or 'checkpoint.interval'" in problem
 
 
 def test_everything_at_once_with_its_line(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ schedule: 5
             "command line --train.steps=abc: must be a whole number >= 1",
             "command line --model.pattern=[: is not valid YAML: while parsing a flow node, "
             "expected the node content, but found '<stream end>'",
-            "command line --steps=3: unknown key 'steps'; did you mean 'train.steps'?",
+            "command line --steps=3: unknown key 'steps'; did you mean 'train.steps' or 'profile.steps'?",
         ]
     )
 

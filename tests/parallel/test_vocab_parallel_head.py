@@ -74,12 +74,31 @@ def _equals_the_unsharded_loss(tp: Group, vocab_size: int, chunk: int, softcap: 
     assert not own_tokens.requires_grad
     torch.testing.assert_close(own_tokens.flatten(), tokens, **TOLERANCE)
     assert not own_tokens[labels_BS == IGNORE_INDEX].any()
+    scores_2BS = head(hidden_BSE, labels_BS, "scores")
+    torch.testing.assert_close(scores_2BS[0], own_tokens, rtol=0, atol=0)
+    assert torch.equal(scores_2BS[1].bool(), logits.argmax(-1) == labels_BS)
+    assert scores_2BS[1].eq(1).logical_or(scores_2BS[1].eq(0)).all()
     own_logits = head(hidden_BSE)
     assert own_logits.shape == (B, S, vocab_size)
     torch.testing.assert_close(own_logits, logits, **TOLERANCE)
     if ignored == "all":
         assert own_loss == 0
         assert not own_hidden.grad.any()
+
+
+def _a_hit_is_the_first_of_equals(tp: Group) -> None:
+    """Small whole numbers: logits are exact, and every one stands at several tokens of several ranks."""
+    vocab_size = 61
+    random = torch.Generator().manual_seed(0)
+    hidden_BSE = torch.randint(-3, 4, (B, S, E), generator=random).float()
+    weight_VE = torch.randint(-3, 4, (7, E), generator=random).float()[torch.arange(vocab_size) % 7]
+    first_BS = F.linear(hidden_BSE, weight_VE).argmax(-1)
+    assert (first_BS < 7).all()
+    head = _head(weight_VE, tp, 5)
+    for labels_BS, hits in ((first_BS, True), (first_BS + 7, False), (first_BS + 49, False)):
+        labels_BS = labels_BS.clone()
+        labels_BS[0, ::3] = IGNORE_INDEX
+        assert torch.equal(head(hidden_BSE, labels_BS, "scores")[1].bool(), hits & (labels_BS != IGNORE_INDEX))
 
 
 def _gradient_of_one_only(tp: Group) -> None:
@@ -160,6 +179,7 @@ def _only_a_chunk_of_logits_exists(tp: Group) -> None:
         assert allocated.bytes.count(chunk_bytes) == 4 * 128 // chunk * (1 if softcap is None else 2)
         with Allocations() as allocated:
             head(hidden_BSE, labels_BS, "none")
+            head(hidden_BSE, labels_BS, "scores")
         assert max(allocated.bytes) == chunk_bytes
         with Allocations() as allocated:  # the measurement itself sees what it should
             head(hidden_BSE)
@@ -192,6 +212,7 @@ def _checks(tp: Group) -> None:
         (2, 7, None, "some"),  # with 4 ranks: two of them hold only padding
     ]:
         _equals_the_unsharded_loss(tp, vocab_size, chunk, softcap, ignored)
+    _a_hit_is_the_first_of_equals(tp)
     _gradient_of_one_only(tp)
     _bf16_is_within_its_rounding(tp)
     _only_a_chunk_of_logits_exists(tp)

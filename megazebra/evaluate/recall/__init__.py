@@ -1,0 +1,1 @@
+"""Tasks whose answer stands somewhere in the text: token-level for tiny models, and in words."""
