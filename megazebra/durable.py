@@ -26,6 +26,11 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a name, which another file may give, is that of a file in the folder it is looked for in: no path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 @contextlib.contextmanager
 def errors_name(path: str | Path) -> Iterator[None]:
     """Writing inside raises OSErrors that name the file: a full disk does not say which one."""
@@ -33,6 +38,12 @@ def errors_name(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until the disk has what was written to the file."""
+    with errors_name(path), open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_synced(path: str | Path, content: bytes) -> None:

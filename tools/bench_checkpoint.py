@@ -8,7 +8,7 @@ over rounds after one that is not counted; the disk has written all that was bef
   save   a synchronous save (copy in memory, files, fsync, checksums, rename) against `cp -r` from the page cache and
          fsync; on a file system where `cp` shares blocks (btrfs, XFS), that copies nothing
   load   resuming, every file compared with its checksum before it is used, against `cp -r` without fsync: the files on
-         the disk only, or (_cached) in the page cache
+         the disk only, or (_cached) in the page cache; and the memory that resuming adds to the engine's at its peak
   async  what training waits for: a synchronous save, and an asynchronous one until it is complete, beside
          steps that sleep
   merge  memory that merging with all moments in float32 adds at its peak, in a process of its own
@@ -18,7 +18,6 @@ A ratio says how many times more bytes per second ours moves, or how many times 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from bench.checkpoint_setting import Setting, saved_setting
 from bench.measure import Row, command_line, in_fresh_process, machine, peak_bytes, report, wall_seconds
+from bench.scratch import scratch_folder
 
 from megazebra.checkpoint.manager import Checkpoints, Progress
 from megazebra.checkpoint.merge import Merge
@@ -54,6 +54,8 @@ def bench_load(setting: Setting) -> Iterator[Row]:
             {"ours": partial(clock, setting, resume), "cp": partial(clock, setting, setting.copy)}
         )
         yield from against_cp(setting, key, seconds["ours"], seconds["cp"], "verified and in the engine's buffers")
+    peak = peak_bytes(resume)
+    yield "load_peak_bytes", peak, f"{peak / 1e6:,.0f} MB beside the engine's buffers"
 
 
 def cached(setting: Setting, run: Callable[[], object]) -> float:
@@ -130,8 +132,8 @@ def main() -> None:
     parsed = parser.parse_args()
     print(f"machine    {machine()}")
     with (
-        tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=parsed.dir) as folder,
-        saved_setting(Path(folder), parsed.hidden, parsed.vocab, parsed.rounds) as setting,
+        scratch_folder("bench_checkpoint", parsed.dir) as folder,
+        saved_setting(folder, parsed.hidden, parsed.vocab, parsed.rounds) as setting,
     ):
         print(f"checkpoint {setting.bytes / 1e9:.2f} GB in {folder}")
         report({name: partial(bench, setting) for name, bench in BENCHES.items()}, parsed.only, parsed.json)

@@ -4,8 +4,9 @@ python tools/merge_checkpoint.py runs/zebra models/zebra                     wei
 python tools/merge_checkpoint.py runs/zebra/checkpoints/step_00000200 models/zebra --dtype float32
 python tools/merge_checkpoint.py runs/zebra models/zebra --with-optimizer    also models/zebra-master, -exp_avg, ...
 
-Needs the memory of the largest weight, whatever the model's size. All folders appear complete or not at all. What is
-written can be trained on (--checkpoint.init_from) and exported (tools/convert_hf.py export).
+Needs the memory of the largest weight, whatever the model's size. All folders appear complete or not at all. The
+tokenizer of the run's corpus comes along where it is still there. What is written can be trained on
+(--checkpoint.init_from) and exported (tools/convert_hf.py export).
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from megazebra.checkpoint.merge import Merge
     from megazebra.checkpoint.reader import TrainingCheckpoint
     from megazebra.checkpoint.store import CheckpointError
+    from megazebra.hf.run_tokenizer import find_tokenizer
 
     checkpoint = TrainingCheckpoint.open(options.checkpoint)
     dtype = options.dtype or {"bf16": "bfloat16", "fp32": "float32"}[checkpoint.config.train.precision]
-    merge = Merge(checkpoint, options.output, getattr(torch, dtype), options.with_optimizer)
+    tokenizer = find_tokenizer(checkpoint.config, options.tokenizer)
+    merge = Merge(checkpoint, options.output, getattr(torch, dtype), options.with_optimizer, tokenizer.files)
     for folder in merge.folders():
         if folder.exists():
             raise CheckpointError(f"{folder} exists; choose another OUTPUT, or remove it first")
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder, state in merge.folders().items():
         what = f"weights in {dtype}" if folder == options.output else f"{state} in float32"
         print(f"  to {folder}: {what}")
+    print(f"  {tokenizer.told}")
     total = merge.total_bytes()
     if options.dry_run:
         print(f"{total:,} bytes would be written; nothing was, and no checksum was compared (--dry-run)")
@@ -63,6 +67,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--with-optimizer", action="store_true", help="fp32 master weights and moments too, in folders beside OUTPUT"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH",
+        help="tokenizer.json, tokenizer.model or a Hugging Face model's folder to put beside the weights (default: the "
+        "tokenizer of the run's corpus)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-file-bytes", type=int, default=5 * 10**9, metavar="N",
         help="size of a file of weights; one larger weight has a file of its own (default: %(default)s)",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from megazebra.checkpoint.regions import Span, copy_overlap
 from megazebra.checkpoint.store import CheckpointError, Entry, verify_file
+from megazebra.checkpoint.tensor_file import StoredTensor, intended_crc32, stored_tensors
+from megazebra.durable import sync_file
 from megazebra.parallel.mesh import Group, ParallelMesh
 from megazebra.train.engine import TrainEngine
 
@@ -114,14 +117,28 @@ def snapshot(engine: TrainEngine, buffers: Tensors) -> Tensors:
 
 
 def write_pieces(tensors: Tensors, folder: Path, mesh: ParallelMesh) -> dict[Path, Entry]:
-    """Write a snapshot in files of bounded size; what the index should hold of each."""
+    """Write a snapshot in files of bounded size, and wait until the disk has them; what the index should hold of each.
+
+    While the disk takes a file, its checksum is computed and the next one is written.
+    """
     entries = {}
-    for number, keys in enumerate(_in_files(tensors)):
-        path = folder / f"tp_{mesh.tp.rank:03d}_dp_{mesh.dp_cp.rank:03d}_{number:02d}.safetensors"
-        save_file({key: tensors[key] for key in keys}, path)
-        pieces = [key.split("|") for key in keys if key.endswith("|master")]
-        spans = {name: [int(start), tensors[f"{name}|{start}|master"].numel()] for name, start, _ in pieces}
-        entries[path] = {"tensor_rank": mesh.tp.rank, "pieces": spans}
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-sync") as disk:
+        synced = []
+        for number, keys in enumerate(_in_files(tensors)):
+            path = folder / f"tp_{mesh.tp.rank:03d}_dp_{mesh.dp_cp.rank:03d}_{number:02d}.safetensors"
+            contents = {key: tensors[key] for key in keys}
+            save_file(contents, path)
+            synced.append(disk.submit(sync_file, path))
+            pieces = [key.split("|") for key in keys if key.endswith("|master")]
+            spans = {name: [int(start), tensors[f"{name}|{start}|master"].numel()] for name, start, _ in pieces}
+            entries[path] = {
+                "bytes": path.stat().st_size,
+                "crc32": intended_crc32(path, contents),
+                "tensor_rank": mesh.tp.rank,
+                "pieces": spans,
+            }
+        for file in synced:
+            file.result()  # raises what stopped it
     return entries
 
 
@@ -148,7 +165,7 @@ class SavedPieces:
         self.folder, self.index = folder, index
         # Weights that are not split are there once for every tensor-parallel rank, all alike.
         alike = tp.rank if index["layout"]["tensor"] == tp.size else 0
-        self._open: dict[str, Any] = {}
+        self._opened: dict[str, dict[str, StoredTensor]] = {}
         self._spans: dict[str, list[tuple[Span, str]]] = {}
         for file, entry in index["files"].items():
             for name, (start, count) in entry["pieces"].items():
@@ -157,17 +174,16 @@ class SavedPieces:
                 span = span_of(index["parameters"][name], index["layout"]["tensor"], entry["tensor_rank"], start, count)
                 self._spans.setdefault(name, []).append((span, file))
 
-    def overlapping(self, name: str, wanted: Span) -> Iterator[tuple[Span, Tensors]]:
+    def overlapping(self, name: str, wanted: Span) -> Iterator[tuple[Span, dict[str, StoredTensor]]]:
         """Every piece that holds some of the wanted elements of a weight, with its tensors by what they are."""
         for span, file in self._spans.get(name, []):
             if span.overlaps(wanted):
-                opened = self._open.get(file)
+                opened = self._opened.get(file)
                 if opened is None:
-                    path = verify_file(self.folder, file, self.index)
-                    opened = self._open[file] = safe_open(path, framework="pt")
+                    opened = self._opened[file] = stored_tensors(verify_file(self.folder, file, self.index))
                 prefix = f"{name}|{span.start}|"
-                keys = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118 (no mapping)
-                yield span, {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
+                keys = [key for key in opened if key.startswith(prefix)]
+                yield span, {key.removeprefix(prefix): opened[key] for key in keys}
 
 
 def span_of(parameter: dict[str, Any], tp_size: int, tp_rank: int, start: int, count: int) -> Span:
@@ -193,17 +209,21 @@ def load_pieces(
         state = engine.optimizer.state[piece.buffer]
         found: Counter[str] = Counter()
         for span, tensors in saved.overlapping(piece.name, wanted):
-            for what, values in tensors.items():
+            for what, stored in tensors.items():
                 if not moments and what != "master":
                     continue
-                if values.ndim == 0:
+                if stored.shape == ():
                     # A count of updates: AdamW's fused kernel wants it where the moments are.
-                    state[what] = values.to(piece.buffer.device)
+                    state[what] = stored.read(0, 1).squeeze().to(piece.buffer.device)
                     continue
                 if what != "master" and what not in state:
                     state[what] = torch.zeros_like(piece.buffer)
                 target = piece.buffer if what == "master" else state[what]
+                # Mapped, which is faster than reading; opened for each, since its pages stay until the file is closed.
+                with safe_open(stored.file, framework="pt") as opened:
+                    values = opened.get_tensor(f"{piece.name}|{span.start}|{what}")
                 found[what] += copy_overlap(span, values.to(target.device), wanted, piece.view(target))
+                del values
         for what, elements in (found or {"master": 0}).items():
             if elements != wanted.real_elements:
                 raise CheckpointError(

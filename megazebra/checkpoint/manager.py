@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.checkpoint.fragments import Tensors, load_pieces, refresh_weights, snapshot, write_pieces
-from megazebra.checkpoint.store import CheckpointError, CheckpointStore, DamagedCheckpointError, Saving, read_index
+from megazebra.checkpoint.store import (
+    CheckpointError,
+    CheckpointStore,
+    DamagedCheckpointError,
+    Saving,
+    read_index,
+    read_latest,
+)
 from megazebra.config.schema import Config
 from megazebra.config.stages import Stage, stages_of
 from megazebra.parallel.sharding import full_shape
@@ -24,7 +31,8 @@ _MUST_AGREE = (
     "data.seq_len",
     "data.document_mask",
 )
-_UNIMPORTANT = ("run", "logging", "validation", "checkpoint", "data")  # data has an identity of its own
+# Data has an identity of its own.
+_UNIMPORTANT = ("run", "logging", "validation", "evaluation", "profile", "checkpoint", "data")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Checkpoints:
             engine.mesh.world,
             config.checkpoint.keep_last,
             config.checkpoint.keep_every,
+            engine.device,
         )
         self.notes: list[str] = []  # about the checkpoint that was resumed, for the user
         self._copies: Tensors = {}
@@ -228,7 +237,7 @@ def stage_to_go_on_with(stages: Sequence[Stage], run_dir: Path, *, go_back: bool
     store = run_dir / "checkpoints"
     if not has_checkpoint(run_dir):
         return stages[0]
-    newest = (store / "latest").read_text().strip()
+    newest = read_latest(store) or ""
     index = None
     for name in sorted((path.name for path in store.glob("step_????????") if path.name <= newest), reverse=True):
         try:

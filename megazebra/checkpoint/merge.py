@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from megazebra.checkpoint.model_folder import ModelFolderWriter
-from megazebra.checkpoint.reader import TrainingCheckpoint
+from megazebra.config.schema import ModelConfig
+
+
+class Mergeable(Protocol):
+    """A TrainingCheckpoint, or what another trainer left."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def progress(self) -> dict[str, int]: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def states(self, name: str) -> list[str]: ...
+
+    def scalars(self, name: str) -> dict[str, float]: ...
+
+    def tensor(self, name: str, what: str, dtype: torch.dtype | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Merge:
     """What is merged: the weights in `dtype` into `output`, and with `with_optimizer` the fp32 master weights and every
     moment into folders beside it: output-master, output-exp_avg and so on, each like a model's.
+
+    files: small ones that go beside the weights, by name, such as a tokenizer's.
     """
 
-    checkpoint: TrainingCheckpoint
+    checkpoint: Mergeable
     output: Path
     dtype: torch.dtype
     with_optimizer: bool
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def folders(self) -> dict[Path, str]:
         """Every folder that is written, and what of each weight goes into it."""
@@ -45,7 +71,7 @@ class Merge:
         with ExitStack() as open_folders:
             writers = {
                 folder: open_folders.enter_context(
-                    ModelFolderWriter(folder, self.checkpoint.config.model, max_file_bytes=max_file_bytes)
+                    ModelFolderWriter(folder, self.checkpoint.model, max_file_bytes=max_file_bytes)
                 )
                 for folder in self.folders()
             }
@@ -54,6 +80,8 @@ class Merge:
                 writers[folder].write(name, self.checkpoint.tensor(name, state, self._dtype(folder)))
                 on_written(self._bytes(folder, name))
             writers[self.output].add_file("training.json", json.dumps(self._training(), indent=1).encode())
+            for name, content in self.files.items():
+                writers[self.output].add_file(name, content)
 
     def _tensors(self) -> Iterator[tuple[Path, str, str]]:
         folders = self.folders()

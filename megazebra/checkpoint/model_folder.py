@@ -28,7 +28,7 @@ from megazebra.checkpoint.weight_files import MAX_FILE_BYTES, find_weights, writ
 from megazebra.config.loading import load_config
 from megazebra.config.schema import ModelConfig
 from megazebra.config.yaml_source import to_yaml
-from megazebra.durable import file_crc32, write_synced
+from megazebra.durable import file_crc32, is_file_name, write_synced
 
 CONFIG_NAME = "config.yaml"
 CHECKSUMS_NAME = "checksums.json"
@@ -50,6 +50,8 @@ class ModelFolder:
         # No more than the model is asked about: the default sequence may be longer than the model takes.
         self.config: ModelConfig = load_config(folder / CONFIG_NAME, ["data.seq_len=1"]).model
         self._weights: dict[str, StoredTensor] = find_weights(folder)
+        for file in sorted({stored.file.name for stored in self._weights.values()} - checksums.keys()):
+            raise CheckpointError(f"{folder / file} has no checksum in {CHECKSUMS_NAME}; make the folder again")
 
     @property
     def model(self) -> ModelConfig:
@@ -73,7 +75,9 @@ class ModelFolder:
             content = json.loads(checksums_path.read_text())
             version, files = content["format"], content["files"]
             checksums = {name: {key: int(entry[key]) for key in ("bytes", "crc32")} for name, entry in files.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(is_file_name(name) for name in checksums):
+                raise ValueError("it names files that are not beside it")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{checksums_path} is damaged: {error!r}; make the folder again") from error
         if version != _FORMAT_VERSION:
             raise CheckpointError(

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megazebra.checkpoint.regions import Span, copy_overlap
-from megazebra.checkpoint.store import CheckpointError, read_index, verify_file
-from megazebra.checkpoint.tensor_file import StoredTensor, stored_tensors
+from megazebra.checkpoint.regions import Span
+from megazebra.checkpoint.store import CheckpointError, read_index, read_latest, verify_file
+from megazebra.checkpoint.tensor_file import BLOCK_ELEMENTS, StoredTensor, stored_tensors
 from megazebra.config.schema import Config, ModelConfig
-
-BLOCK_ELEMENTS = 1 << 22
 
 _FILE_NAME = re.compile(r"tp_(\d+)_.*\.safetensors")
 
@@ -54,9 +52,12 @@ class TrainingCheckpoint:
             self.progress: dict[str, int] = index["progress"]
             self.files: dict[str, int] = {name: entry["bytes"] for name, entry in index["files"].items()}
             self._weights = {
-                name: (tuple(entry["shape"]), entry["partition_dim"]) for name, entry in index["parameters"].items()
+                name: _shape_and_split(entry["shape"], entry["partition_dim"])
+                for name, entry in index["parameters"].items()
             }
             self._tp_size = self.layout["tensor"]
+            if not isinstance(self._tp_size, int) or self._tp_size < 1:
+                raise ValueError(f"layout.tensor={self._tp_size!r}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}/index.json is damaged, or written by another version: {error!r}"
@@ -90,6 +91,10 @@ class TrainingCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._weights[name][0]
 
+    def partition_dim(self, name: str) -> int | None:
+        """The dimension that tensor-parallel ranks share; None where each holds the whole weight."""
+        return self._weights[name][1]
+
     def dtype(self, name: str) -> torch.dtype:
         """What its master weights were saved in."""
         return self._first(name, "master").dtype
@@ -116,19 +121,17 @@ class TrainingCheckpoint:
         """
         shape, partition_dim = self._weights[name]
         by_rank = self._pieces[name].get(what, {})
-        whole = torch.empty(shape, dtype=dtype or torch.float32)
-        target, copied = Span.whole(shape), 0
         # Ranks that split nothing hold the same: the first one's is enough.
-        for rank in range(1 if partition_dim is None else self._tp_size):
-            shard = Span(shape, partition_dim, self._tp_size, rank, 0, 0).shard_shape
-            for piece in self._complete(by_rank.get(rank, []), prod(shard), f"{what} of {name}", rank):
+        ranks = range(1 if partition_dim is None else self._tp_size)
+        shard = Span(shape, partition_dim, self._tp_size, 0, 0, 0).shard_shape
+        complete = [self._complete(by_rank.get(rank, []), prod(shard), f"{what} of {name}", rank) for rank in ranks]
+        whole = torch.empty(shape, dtype=dtype or torch.float32)  # not before it is known that the files hold as much
+        target, copied = Span.whole(shape), 0
+        for rank, pieces in enumerate(complete):
+            for piece in pieces:
                 self._verify(piece.stored.file.name)
-                for start in range(piece.start, piece.end, BLOCK_ELEMENTS):
-                    count = min(BLOCK_ELEMENTS, piece.end - start)
-                    source = Span(shape, partition_dim, self._tp_size, rank, start, count)
-                    values = piece.stored.read(start - piece.start, count)
-                    copied += copy_overlap(source, values, target, whole.view(-1))
-                    del values  # before the next block is read
+                source = Span(shape, partition_dim, self._tp_size, rank, piece.start, piece.end - piece.start)
+                copied += piece.stored.copy_overlap(source, target, whole.view(-1), BLOCK_ELEMENTS)
         assert copied == target.real_elements
         return whole
 
@@ -188,12 +191,21 @@ class TrainingCheckpoint:
         return next(iter(self._pieces[name][what].values()))[0].stored
 
 
+def _shape_and_split(shape: Any, partition_dim: Any) -> tuple[tuple[int, ...], int | None]:
+    """What the index says of a weight. Raises ValueError when it is no shape, or no dimension of it."""
+    if not isinstance(shape, list) or len(shape) not in (1, 2) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape={shape!r}")
+    if partition_dim is not None and partition_dim not in range(len(shape)):
+        raise ValueError(f"partition_dim={partition_dim!r} of shape={shape}")
+    return tuple(shape), partition_dim
+
+
 def _checkpoint_folder(path: Path) -> Path:
     if (path / "index.json").exists():
         return path
     for folder in (path, path / "checkpoints"):
-        if (folder / "latest").exists():
-            return folder / (folder / "latest").read_text().strip()
+        if (name := read_latest(folder)) is not None:
+            return folder / name
     raise CheckpointError(
         f"{path} is no training checkpoint: neither a folder with an index.json, nor a run's folder with a latest one"
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -24,15 +25,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megazebra.durable import PARTIAL_SUFFIX, file_crc32, partial_path, sync_folder, write_atomically
+import torch
+
+from megazebra.durable import (
+    PARTIAL_SUFFIX,
+    file_crc32,
+    is_file_name,
+    partial_path,
+    sync_folder,
+    write_atomically,
+)
 from megazebra.errors import UserError
-from megazebra.parallel.collectives import gather_objects
+from megazebra.parallel.collectives import all_reduce, gather_objects
 from megazebra.parallel.mesh import Group
 
 FORMAT_VERSION = 3
 
-GO_BACK = "set checkpoint.on_damage=go_back to resume from an older one"
-Entry = dict[str, Any]  # of a file in the index; `bytes` and `crc32` are added when it is written
+GO_BACK = "copy it anew, or take an older checkpoint, as a run does by itself with checkpoint.on_damage=go_back"
+_POINT = "write the name of the newest step_... folder into it"
+_FOLDER_NAME = re.compile(r"step_\d{8,}")
+Entry = dict[str, Any]  # of a file in the index: its size in `bytes`, its `crc32`, and what the writer knows beside
 WriteFiles = Callable[[Path], dict[Path, Entry]]
 
 
@@ -59,7 +71,7 @@ class Saving:
     def _write(self, write_files: WriteFiles) -> None:
         try:
             entries = write_files(partial_path(self.folder))
-            self.files = {path.name: {**_describe(path), **entry} for path, entry in entries.items()}
+            self.files = {path.name: entry for path, entry in entries.items()}
         except Exception as error:  # raised by `outcome`, where all ranks hear of it
             self._error = error
 
@@ -76,13 +88,24 @@ class Saving:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every rank of `world` makes the same calls; an error on one is raised on all."""
+    """The checkpoints of one run. Every rank of `world` makes the same calls; an error on one is raised on all.
 
-    def __init__(self, folder: Path, world: Group, keep_last: int, keep_every: int = 0) -> None:
+    device: where tensors must be to travel over `world`; None: on the CPU.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: Group,
+        keep_last: int,
+        keep_every: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self.folder = folder
         self.world = world
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.device = device
 
     def latest(self) -> Path | None:
         """Folder of the newest complete checkpoint; None where there is none.
@@ -90,11 +113,7 @@ class CheckpointStore:
         Raises CheckpointError on all ranks when they do not see the same.
         """
 
-        def read() -> str | None:
-            pointer = self.folder / "latest"
-            return pointer.read_text().strip() if pointer.exists() else None
-
-        names = self._together(f"cannot read {self.folder}/latest", read)
+        names = self._together(f"cannot read {self.folder}/latest", lambda: read_latest(self.folder))
         if len(set(names)) > 1:
             raise CheckpointError(
                 f"ranks see different checkpoints in {self.folder} ({', '.join(sorted(map(str, set(names))))}); "
@@ -111,8 +130,8 @@ class CheckpointStore:
         return self.finish(self.begin(step, write_files, index))
 
     def begin(self, step: int, write_files: WriteFiles, index: dict[str, Any]) -> Saving:
-        """Start to write: `write_files(folder)`, in a thread, writes this rank's files and says what the index holds of
-        each. One saving at a time.
+        """Start to write: `write_files(folder)`, in a thread, writes this rank's files, waits until the disk has them
+        and says what the index holds of each. One saving at a time.
 
         Raises CheckpointError on every rank when the folder can't be made.
         """
@@ -129,7 +148,8 @@ class CheckpointStore:
 
     def all_written(self, saving: Saving) -> bool:
         """Whether `finish` would not wait for any rank."""
-        return all(gather_objects(saving.written, self.world))
+        writing = torch.tensor([float(not saving.written)], device=self.device)
+        return not all_reduce(writing, self.world, maximum=True, label="checkpoint").item()
 
     def finish(self, saving: Saving) -> Saving:
         """Wait until every rank has written its files, then publish the folder.
@@ -211,6 +231,23 @@ class CheckpointStore:
         return [value for value, *_ in outcomes]
 
 
+def read_latest(folder: Path) -> str | None:
+    """Name of the newest complete checkpoint in a run's `checkpoints`; None where there is none.
+
+    Raises CheckpointError when the file `latest` holds no such name.
+    """
+    path = folder / "latest"
+    try:
+        name = path.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {_POINT}") from error
+    if not _FOLDER_NAME.fullmatch(name):
+        raise CheckpointError(f"{path} says {name[:80]!r}, which is no checkpoint; {_POINT}")
+    return name
+
+
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write what `read_index` reads, with a CRC-32 of its own."""
     write_atomically(folder / "index.json", json.dumps({**index, "crc32": _crc32(index)}, indent=1).encode())
@@ -221,7 +258,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is missing or damaged ({error}); {GO_BACK}") from error
     changed = (
         isinstance(index, dict) and index.get("format") == FORMAT_VERSION and index.pop("crc32", 0) != _crc32(index)
@@ -233,6 +270,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} has format {index.get('format')!r}, this version reads {FORMAT_VERSION}; "
             "go on with the version that wrote it, or choose another run.dir"
         )
+    files = index.get("files")
+    if not isinstance(files, dict) or not all(is_file_name(name) for name in files):
+        raise DamagedCheckpointError(f"{path} is damaged: its `files` are no names of files beside it; {GO_BACK}")
     return index
 
 
@@ -253,9 +293,3 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
 def _crc32(index: dict[str, Any]) -> int:
     """Of what the index says, however it is written down."""
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
-
-
-def _describe(path: Path) -> dict[str, int]:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": file_crc32(path)}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megazebra.checkpoint.store import CheckpointError
 from megazebra.checkpoint.tensor_file import StoredTensor, stored_tensors
-from megazebra.durable import errors_name, write_synced
+from megazebra.durable import errors_name, is_file_name, write_synced
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
@@ -52,8 +52,10 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder} has neither {_SINGLE_NAME} nor {INDEX_NAME}{mend}")
     try:
         file_of: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+        if not all(is_file_name(name) for name in file_of.values()):
+            raise ValueError("its weight_map names files that are not beside it")
         files = {name: _tensors_of(folder / name) for name in dict.fromkeys(file_of.values())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path} is damaged: {error!r}") from error
     weights: dict[str, StoredTensor] = {}
     for file, tensors in files.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from support.distributed import forkserver
 
 from megazebra.checkpoint.store import CheckpointStore, read_index, verify_file
 from megazebra.config.schema import ParallelConfig
+from megazebra.durable import write_synced
 from megazebra.parallel.mesh import ParallelMesh
 
 KILLS, FILES, FILE_BYTES = 50, 4, 1 << 18
@@ -29,8 +31,8 @@ def save_for_ever(folder: Path, step: int, announce: Connection) -> None:
     def write(partial: Path) -> dict[Path, Any]:
         paths = [partial / f"{number}.bin" for number in range(FILES)]
         for path in paths:
-            path.write_bytes(content(step))
-        return {path: {} for path in paths}
+            write_synced(path, content(step))
+        return {path: {"bytes": FILE_BYTES, "crc32": zlib.crc32(content(step))} for path in paths}
 
     store = store_in(folder)
     while True:

@@ -20,6 +20,7 @@ from megazebra.checkpoint.model_folder import ModelFolder
 from megazebra.checkpoint.reader import TrainingCheckpoint
 from megazebra.checkpoint.store import FORMAT_VERSION, CheckpointError, write_index
 from megazebra.config.schema import Config
+from megazebra.data.prepare.encoders.tokenizer import byte_tokenizer, serialize
 from megazebra.durable import file_crc32
 
 TOOL = str(ROOT / "tools" / "merge_checkpoint.py")
@@ -73,6 +74,18 @@ def test_the_tool_writes_weights_in_the_runs_precision_or_another(
 
     with pytest.raises(CheckpointError, match=f"{tmp_path}/plain exists; choose another OUTPUT"):
         merge_told(capsys, sharded, tmp_path / "plain")
+
+
+def test_the_tokenizer_comes_along(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(serialize(byte_tokenizer()))
+    without = merge_told(capsys, sharded, tmp_path / "without", "--dry-run")
+    assert "  no tokenizer: no sidecar of the run's corpora (it has none) names one; --tokenizer PATH" in without
+    told = merge_told(capsys, sharded, tmp_path / "model", "--with-optimizer", "--tokenizer", tokenizer)
+    assert f"  tokenizer of {tokenizer}\n" in told
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    assert not (tmp_path / "model-master" / "tokenizer.json").exists()
+    ModelFolder.open(tmp_path / "model").verify()
 
 
 def damage(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def writer(rank: int, content: bytes = b"weights") -> Any:
     def write(folder: Path) -> dict[Path, Any]:
         path = folder / f"rank_{rank}.bin"
         path.write_bytes(content)
-        return {path: {"from": rank}}
+        return {path: {"bytes": len(content), "crc32": zlib.crc32(content), "from": rank}}
 
     return write
 
@@ -124,6 +125,30 @@ def test_one_rank_that_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
     assert "rank 1: OSError: [Errno 28] No space left on device" in messages[0]
     assert names(tmp_path) == ["latest", "step_00000005"]
     assert names(tmp_path / "step_00000005") == ["index.json", "rank_0.bin", "rank_1.bin", "rank_2.bin"]
+
+
+def ask_while_rank_1_writes(folder: str) -> tuple[bool, bool]:
+    world = ParallelMesh.build(ParallelConfig()).world
+    store, may_write = CheckpointStore(Path(folder), world, 2), threading.Event()
+
+    def write(partial: Path) -> dict[Path, Any]:
+        if world.rank == 1:
+            may_write.wait()
+        return writer(world.rank)(partial)
+
+    saving = store.begin(5, write, {})
+    if world.rank != 1:
+        saving.outcome()
+    before = store.all_written(saving)
+    may_write.set()
+    saving.outcome()
+    after = store.all_written(saving)
+    store.finish(saving)
+    return before, after
+
+
+def test_all_have_written_when_the_last_one_has(tmp_path: Path) -> None:
+    assert run_distributed(ask_while_rank_1_writes, 3, str(tmp_path)) == [(False, True)] * 3
 
 
 def change_index(folder: Path, old: str, new: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megazebra.checkpoint.tensor_file import stored_tensors
+from megazebra.checkpoint.tensor_file import intended_crc32, stored_tensors
+from megazebra.durable import file_crc32
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 
@@ -26,6 +27,17 @@ def test_parts_of_every_dtype(tmp_path: Path) -> None:
         assert stored[key].read(0, tensor.numel()).equal(tensor.flatten())
     for dtype in DTYPES:
         assert stored[str(dtype)].read(7, 20).equal(torch.arange(7, 27).to(dtype))
+
+
+def test_the_intended_checksum_is_that_of_the_file_unless_its_data_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {str(dtype): torch.arange(60).to(dtype) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0)}
+    save_file(tensors, path)
+    assert intended_crc32(path, tensors) == file_crc32(path)
+    changed = path.read_bytes()[:-1] + b"?"
+    path.write_bytes(changed)
+    assert intended_crc32(path, tensors) != file_crc32(path)
 
 
 def test_what_is_no_whole_file_is_named(tmp_path: Path) -> None:

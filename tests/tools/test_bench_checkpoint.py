@@ -28,6 +28,7 @@ def test_the_program(tmp_path: Path) -> None:
     assert numbers.pop("async_stall_vs_sync") == numbers.pop("stall_sync_s") / numbers.pop("stall_async_s")
     largest = numbers.pop("merge_largest_bytes")
     assert largest == 16384 * 256 * 4
+    assert numbers.pop("load_peak_bytes") >= 0
     peak = numbers.pop("merge_peak_bytes")
     assert peak > largest
     assert numbers == {"merge_peak_over_largest": peak / largest}
