@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megazebra.config import Config, check_world, load_config, parse_command_line
+from megazebra.config.stages import stages_of
 from megazebra.models.build import build_model, model_runtime
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.parallel.sharding import is_sharded
 from megazebra.plan.flops import parameter_count
+from megazebra.plan.layouts import judge
+from megazebra.plan.profile import load_profile
 from megazebra.train.deepspeed_config import build_deepspeed_config
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +47,45 @@ def test_documented_commands_are_valid() -> None:
     commands = [(8 if "7b" in command else 2, command) for command in commands_in(ROOT / "README.md")]
     assert len(commands) >= 3
     for path in (ROOT / "examples").glob("*.yaml"):
-        commands += [(8 if "7b" in command else 2, command) for command in commands_in(path)]
+        commands += [(8 if path in ZOO else 2, command) for command in commands_in(path)]
     for world_size, command in commands:
-        config = load(command)
-        check_world(config, world_size)
-        build_deepspeed_config(config, world_size, None)
+        for stage in stages_of(load(command)):
+            check_world(stage.config, world_size)
+            build_deepspeed_config(stage.config, world_size, None)
+
+
+def recommended_layouts(path: Path) -> Iterator[tuple[int, Config, str, float]]:
+    """Of the table in a file's comments: GPUs, the stage's configuration, its layout as a row says it, memory in GB."""
+    stages = {stage.name: stage.config for stage in stages_of(load_config(path, []))}
+    config = stages.get("")
+    for line in path.read_text().splitlines():
+        if heading := re.fullmatch(r"#   stage (\w+)", line):
+            config = stages[heading[1]]
+        if row := re.fullmatch(r"# +(\d+) +(\d+) +(\d+) +(\d) +(\w+) +(\d+) +([\d.]+) GB +[\d,]+", line):
+            assert config is not None
+            gpus, tensor, context, zero_stage, recompute, micro_batch_size, memory = row.groups()
+            parallel = {"tensor": int(tensor), "context": int(context), "zero_stage": int(zero_stage)}
+            parallel["sequence_parallel"] = int(tensor) > 1
+            train = {"recompute": recompute, "micro_batch_size": int(micro_batch_size)}
+            tree = config.model_dump()
+            tree["parallel"] |= parallel
+            tree["train"] |= train
+            yield int(gpus), Config.model_validate(tree), line, float(memory)
+
+
+ZOO = sorted(path for path in (ROOT / "examples").glob("*.yaml") if "#   GPUs" in path.read_text())
+
+
+@pytest.mark.parametrize("path", ZOO, ids=lambda path: path.name)
+def test_the_layouts_told_fit_and_take_the_memory_told(path: Path) -> None:
+    profile = load_profile("h100")
+    layouts = list(recommended_layouts(path))
+    assert {gpus for gpus, *_ in layouts} == {8, 64, 512}
+    for gpus, config, line, memory in layouts:
+        judged = judge(config, gpus, profile)
+        assert judged.fits, f"{line}: {judged.refusal}"
+        assert judged.memory is not None
+        assert round(judged.memory.total / 1e9, 1) == memory, line
 
 
 def test_the_cluster_example_fits_together_on_eight_ranks() -> None:

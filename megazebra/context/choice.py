@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megazebra.config.schema import Config
 from megazebra.context.traffic import STRATEGIES, Received, Shape, busiest
@@ -67,6 +68,7 @@ def _asked(config: Config, spec: AttentionSpec) -> str:
     return config.parallel.context_local if spec.is_local else config.parallel.context_global
 
 
+@lru_cache(maxsize=256)  # the planner asks for every layout, several times
 def _choose(spec: AttentionSpec, shape: Shape, asked: str) -> str:
     found = options(spec, shape)
     if asked == "auto":

@@ -46,11 +46,11 @@ class Deal:
 
     def rows_in(self, rank: int) -> int:
         """Queries that the rank computes for others."""
-        return sum(self.rows(other, rank) for other in range(len(self.chunks)) if other != rank)
+        return sum(end - first for first, end in self.chunks[rank]) - self.rows(rank, rank)
 
     def rows_out(self, rank: int) -> int:
         """Queries of the rank's own that others compute."""
-        return sum(self.rows(rank, other) for other in range(len(self.chunks)) if other != rank)
+        return self.local_len - self.rows(rank, rank)
 
 
 def deal_queries(document_start_BS: NDArray[np.int64] | None, seq_len: int, ranks: int, window: int | None) -> Deal:
