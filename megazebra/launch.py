@@ -14,8 +14,17 @@ from pathlib import Path
 
 from megazebra.errors import UserError
 
+# How a run ends that is not complete, for whoever starts it again; anything else is a failure.
+USER_ERROR_EXIT_CODE = 2
+REQUEUE_EXIT_CODE = 85  # it was asked to stop, has saved and can go on: scripts requeue on it
+HANG_EXIT_CODE = 86  # the watchdog has ended it
+INTERRUPTED_EXIT_CODE = 130
+
 # Long enough for rank 0 to speak and for the launcher, which polls every second, to end the others.
 _RANK_ZERO_SPEAKS_FIRST_S = 4.0
+# The exit code that says why is that of the rank which died: the others let it go first.
+_CULPRIT_EXITS_FIRST_S = _RANK_ZERO_SPEAKS_FIRST_S + 2.0
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def rank() -> int:
@@ -90,20 +99,24 @@ def readable_errors() -> Iterator[None]:
     except SystemExit:
         raise
     except KeyboardInterrupt:
-        _exit(130, "interrupted")
+        _exit(INTERRUPTED_EXIT_CODE, "interrupted")
     except BaseException as error:
         if os.environ.get("MEGAZEBRA_TRACEBACK") == "1":
             traceback.print_exc()
-        if _is_users(error):
-            _exit(2, f"error: {error}")
-        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
-            _exit(1, f"rank {rank()} lost the connection to another rank, which has died; see its own message")
+        if is_users(error):
+            _exit(USER_ERROR_EXIT_CODE, f"error: {error}")
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_CONNECTION):
+            print(f"rank {rank()} lost the connection to another rank; see that one's own message", file=sys.stderr)
+            sys.stderr.flush()
+            time.sleep(_CULPRIT_EXITS_FIRST_S)
+            os._exit(1)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
 
 
-def _is_users(error: BaseException) -> bool:
+def is_users(error: BaseException) -> bool:
+    """Whether an error is a message to the user, by its type or by where it was raised, and no defect of ours."""
     if isinstance(error, UserError):
         return True
     if isinstance(error, ValueError):  # one that Python, numpy or torch raises is a defect of ours

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megazebra.config.checks import cross_problems
-from megazebra.config.schema import ModelConfig
+from megazebra.config.schema import MAX_LAYERS, ModelConfig
 from megazebra.errors import UserError
 from megazebra.hf.families import BY_MODEL_TYPE, ZEBRA, Family
 from megazebra.hf.layer_ropes import layers_with_rope, rope_of_kinds
@@ -42,7 +42,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} is no JSON object; give the folder of a Hugging Face model")
@@ -51,9 +51,10 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 def family_of(fields: Mapping[str, Any]) -> Family:
     """Raises UserError for a model_type that we cannot read."""
-    family = BY_MODEL_TYPE.get(fields.get("model_type", ""))
+    kind = fields.get("model_type")
+    family = BY_MODEL_TYPE.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise UserError(f"model_type={fields.get('model_type')!r} is not supported; we read {', '.join(BY_MODEL_TYPE)}")
+        raise UserError(f"model_type={kind!r} is not supported; we read {', '.join(BY_MODEL_TYPE)}")
     return family
 
 
@@ -140,6 +141,8 @@ def _refuse_multipliers(fields: Mapping[str, Any]) -> None:
 def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str | tuple[str | int, ...], int | None]:
     """The model's own pattern and window."""
     layers = _size(fields, "num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise UserError(f"num_hidden_layers={layers} in config.json is more than {MAX_LAYERS}; correct it")
     if family.windows == "none":
         return "G", None
     if family.windows == "layer_windows":
@@ -151,7 +154,7 @@ def _layers(family: Family, fields: Mapping[str, Any]) -> tuple[str | tuple[str 
         window = None
     kinds = fields.get("layer_types") or _default_layer_types(family, fields, layers, window)
     symbol_of = {kind: symbol for symbol, kind in _KINDS.items()}
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= symbol_of.keys():
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in list(symbol_of) for kind in kinds):
         raise UserError(
             f"layer_types={kinds} must name {layers} layers (num_hidden_layers), each {' or '.join(symbol_of)}"
         )
@@ -169,7 +172,10 @@ def _default_layer_types(family: Family, fields: Mapping[str, Any], layers: int,
         case "cwm" | "granite_swa":
             is_local = [i % 4 != 0 for i in range(layers)]
         case "qwen3":
-            is_local = [i >= fields.get("max_window_layers", 28) for i in range(layers)]
+            first = fields.get("max_window_layers", 28)
+            if not isinstance(first, int):
+                raise UserError(f"max_window_layers={first!r} must be a whole number; correct it")
+            is_local = [i >= first for i in range(layers)]
         case _:
             is_local = [not has_rope for has_rope in layers_with_rope(fields, layers)]
     return [_KINDS["L" if local and window else "G"] for local in is_local]
@@ -177,8 +183,10 @@ def _default_layer_types(family: Family, fields: Mapping[str, Any], layers: int,
 
 def _layer_windows(fields: Mapping[str, Any], layers: int) -> tuple[str | tuple[str | int, ...], int | None]:
     windows = fields.get("layer_windows") or [None] * layers
-    if not isinstance(windows, list) or len(windows) != layers:
-        raise UserError(f"layer_windows={windows} must have an entry for each of num_hidden_layers={layers}")
+    if not isinstance(windows, list) or len(windows) != layers or not all(w is None or type(w) is int for w in windows):
+        raise UserError(
+            f"layer_windows={windows} must have an entry for each of num_hidden_layers={layers}, a number or null"
+        )
     usual = next((window for window in windows if window is not None), None)
     symbols = tuple("G" if window is None else "L" if window == usual else window for window in windows)
     return (symbols if set(symbols) - {"G", "L"} else _shortest("".join(map(str, symbols)))), usual

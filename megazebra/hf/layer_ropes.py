@@ -49,6 +49,8 @@ def layers_with_rope(fields: Mapping[str, Any], layers: int) -> list[bool]:
             raise UserError(f"no_rope_layers={listed} must have an entry for each of num_hidden_layers={layers}")
         return [bool(has_rope) for has_rope in listed[:layers]]
     interval = fields.get("no_rope_layer_interval", 4)
+    if not isinstance(interval, int) or interval < 1:
+        raise UserError(f"no_rope_layer_interval={interval!r} must be a whole number >= 1; correct it")
     return [(i + 1) % interval != 0 for i in range(layers)]
 
 

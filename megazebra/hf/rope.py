@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def read_rope(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> RopeCon
     """
     options = _spelled(fields, defaults)
     kind = options.pop("rope_type")
-    if kind not in _OPTIONS:
+    if not isinstance(kind, str) or kind not in _OPTIONS:
         raise UserError(
             f"rope_type={kind!r} is not supported (we have {', '.join(_OPTIONS)}); "
             "remove it to train without scaling, or choose another kind"
@@ -37,9 +38,12 @@ def read_rope(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> RopeCon
     theta = options.pop("rope_theta")
     if kind in ("llama3", "yarn", "longrope"):
         longest = fields.get("max_position_embeddings")
-        options[_LENGTH] = fields.get(_LENGTH) or options.get(_LENGTH) or longest
+        options[_LENGTH] = length = fields.get(_LENGTH) or options.get(_LENGTH) or longest
+        for name, value in (("max_position_embeddings", longest), (_LENGTH, length)):
+            if value is not None and not (isinstance(value, int | float) and 1 <= value < math.inf):
+                raise UserError(f"{name}={value!r} must be a number of tokens; correct it")
         if "factor" not in options and kind != "llama3" and longest:
-            options["factor"] = longest / options[_LENGTH]
+            options["factor"] = longest / length
     for name, value in options.items():
         if name not in _OPTIONS[kind]:
             known = ", ".join(("rope_theta", *_OPTIONS[kind]))
@@ -75,6 +79,8 @@ def _spelled(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     places = [*spellings, ("config.json", {"rope_theta": fields.get("rope_theta")})]
     places += [("config.json", {"partial_rotary_factor": fields.get("partial_rotary_factor")})]
     for place, options in places:
+        if not isinstance(options, Mapping):
+            raise UserError(f'{place}={options!r} must be an object, such as {{"rope_type": "default"}}')
         for name, value in options.items():
             name = "rope_type" if name == "type" else name
             if isinstance(value, Mapping):
@@ -92,7 +98,7 @@ def _spelled(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     values = {name: value for name, (_, value) in found.items()}
     own = defaults["rope_parameters"]
     if own and not spellings:
-        if values.items() - own.items():
+        if any(name not in own or own[name] != value for name, value in values.items()):
             raise UserError(
                 f"{values} alone is ignored by this model's class, which takes rope_parameters={own}; "
                 "write rope_parameters into config.json"

@@ -108,3 +108,14 @@ def test_a_model_names_files_of_its_own(file: str, tmp_path: Path) -> None:
         (tmp_path / "model" / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match="not beside it"):
         open_weights(tmp_path / "model")
+
+
+def test_weights_without_a_checksum_are_refused(tmp_path: Path) -> None:
+    with ModelFolderWriter(tmp_path / "model", tiny_config().model) as writer:
+        writer.write("w", torch.ones(3))
+    path = tmp_path / "model" / "checksums.json"
+    sums = json.loads(path.read_text())
+    sums["files"] = {name: entry for name, entry in sums["files"].items() if not name.endswith(".safetensors")}
+    path.write_text(json.dumps(sums))
+    with pytest.raises(CheckpointError, match="has no checksum"):
+        open_weights(tmp_path / "model")

@@ -83,6 +83,10 @@ def test_what_is_no_such_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match=f"{path} is damaged"):
         read_structure(path)
+    torch.save({"weight": torch.ones(3)}, path)
+    path.write_bytes(path.read_bytes().replace(b"\x80\x02}q", b"\x80\x02Fq"))  # a pickle's float in place of its dict
+    with pytest.raises(CheckpointError, match=f"{path} is damaged, or .*: Unsupported operand"):
+        read_structure(path)
     torch.save({"weight": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=f"{path} is damaged, or no file that torch.save of version 1.6 or newer"):
         read_structure(path)

@@ -253,6 +253,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "zebra", "global_rope": 1e4},
         "global_rope=10000.0 must be null or an object",
     ),
+    "a type of no form": ({"model_type": ["llama"]}, "model_type=.'llama'. is not supported"),
+    "layers without number": (
+        {"num_hidden_layers": 2**60},
+        "num_hidden_layers=1152921504606846976 in config.json is more",
+    ),
+    "kinds of no form": ({"model_type": "cwm", "layer_types": [{}] * 4}, "layer_types=.* must name 4 layers"),
+    "windows of no form": ({"model_type": "zebra", "layer_windows": [{}] * 4}, "layer_windows=.*a number or null"),
+    "rope of no form": ({"rope_scaling": [1]}, r"rope_scaling=\[1\] must be an object"),
+    "rope type of no form": ({"rope_parameters": {"rope_type": []}}, r"rope_type=\[\] is not supported"),
+    "lengths of no form": (
+        {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "4"}},
+        "original_max_position_embeddings='4' must be a number of tokens",
+    ),
+    "interval of no form": ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 must be"),
+    "layers of no form": (
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": "x"},
+        "max_window_layers='x' must be a whole number",
+    ),
     "few rope flags": ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers=.1. must have an entry"),
 }
 

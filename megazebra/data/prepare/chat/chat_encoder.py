@@ -91,9 +91,12 @@ class ChatEncoder:
             if not is_unicode(message["content"]):
                 return Refused("holds half a surrogate pair", f"message {number}")
         try:
-            return self._template.render(messages)
+            text, answers = self._template.render(messages)
         except ConversationError as error:
             return Refused(error.reason, error.details)
+        if not is_unicode(text):
+            return Refused("gets half a surrogate pair from the chat template")
+        return text, answers
 
     def _document(self, encoding: Encoding, characters: Sequence[tuple[int, int]]) -> EncodedDocument | Refused:
         end = [] if self.eod_id is None else [self.eod_id]

@@ -176,3 +176,5 @@ def open_chat_template(name: str, folder: str | Path) -> ChatTemplate:
         return JinjaTemplate(name, Path(name).read_text(encoding="utf-8"), config)
     except OSError as error:
         raise CorpusError(f"chat template {name!r} cannot be read ({error.strerror}); correct the path") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"chat template {name!r} is not UTF-8 ({error}); restore it") from error

@@ -35,6 +35,9 @@ class JinjaTemplate:
     of the messages before it and the generation prompt; white space after the end-of-turn token is left out.
     That takes two more renderings for every answer, and every text has to begin like the next one.
 
+    Templates are programs of others: transformers renders them in Jinja's sandbox, which keeps them from Python's
+    objects and from files. A template that takes its time is not stopped.
+
     Raises CorpusError without transformers, and where the template needs tokens that config lacks.
     """
 
@@ -50,12 +53,14 @@ class JinjaTemplate:
         self._source = source
         self._render = render_jinja_template
         # Templates are programs that reckon with some shape of messages: what they raise on others is of any kind.
-        self._rejections = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+        self._rejections = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+                            RecursionError, MemoryError)  # fmt: skip
         self._syntax_error = TemplateSyntaxError
         self._marks_answers = bool(GENERATION_BLOCK.search(source))
         self._tokens = {key: value for key, value in config.items() if key.endswith("_token") and value}
         printed = set(re.findall(r"\b\w+_token\b", source))
-        self.markers = frozenset(MARKER.findall(source)) | {self._tokens[key] for key in printed & set(self._tokens)}
+        texts = {key for key, value in self._tokens.items() if isinstance(value, str)}
+        self.markers = frozenset(MARKER.findall(source)) | {self._tokens[key] for key in printed & texts}
         if printed and not config:
             raise CorpusError(
                 f"the chat template {name} prints {' and '.join(sorted(printed))}, which tokenizer_config.json would "
@@ -105,10 +110,14 @@ def tokenizer_template(folder: str | Path, config: dict[str, Any]) -> str:
     """The source of the template a tokenizer's folder brings. Raises CorpusError where it brings none."""
     file = Path(folder, "chat_template.jinja")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{file} is not UTF-8 ({error}); restore it") from error
     given = config.get("chat_template")
     if isinstance(given, list):  # several, by name
-        given = {each["name"]: each["template"] for each in given}.get("default")
+        named = [each for each in given if isinstance(each, dict) and each.get("name") == "default"]
+        given = named[-1].get("template") if named else None
     if not isinstance(given, str):
         raise CorpusError(
             f"the tokenizer in {folder} brings no chat template: neither chat_template.jinja nor tokenizer_config.json "

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megazebra.data.errors import CorpusError
+from megazebra.data.prepare.encoders.encoded import is_unicode
 from megazebra.durable import write_atomically
 
 EOD_TOKEN = "<|endoftext|>"
@@ -120,21 +121,26 @@ def added_tokens(tokenizer: Tokenizer, *, special_only: bool = False) -> list[st
 def tokenizer_config(folder: str | Path) -> dict[str, Any]:
     """The tokenizer_config.json of a Hugging Face model's folder, empty where there is none.
 
-    Tokens are given as their text. Raises CorpusError where the file is no JSON object.
+    Tokens are given as their text. Raises CorpusError where the file is no JSON object, or a token is no text.
     """
     path = Path(folder, "tokenizer_config.json")
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path} is not JSON ({error}); restore it, or remove it to go without") from error
     if not isinstance(config, dict):
         raise CorpusError(f"{path} is no JSON object; restore it, or remove it to go without")
-    return {
+    config = {
         name: value["content"] if isinstance(value, dict) and "content" in value else value
         for name, value in config.items()
     }
+    for name, value in config.items():
+        is_text = value is None or (isinstance(value, str) and is_unicode(value))
+        if name.endswith("_token") and not name.startswith("add_") and not is_text:  # add_bos_token is a switch
+            raise CorpusError(f"{path}: {name}={value!r} is no text; restore it, or remove it to go without")
+    return config
 
 
 def _for_documents(tokenizer: Tokenizer) -> Tokenizer:

@@ -47,6 +47,30 @@ def test_end_of_document_only_if_asked(path):
     assert document.spans.tolist() == SPANS
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": {"eos_token": ["</s>"]}}, r"eos_token=\['</s>'\] is no text"),
+        ({"tokenizer_config.json": {"bos_token": "\ud800"}}, r"bos_token='\\ud800' is no text"),
+        ({"tokenizer_config.json": {"chat_template": [3, {"name": "default"}]}}, "brings no chat template"),
+        ({"chat_template.jinja": b"\xff"}, "is not UTF-8"),
+    ],
+)
+def test_what_comes_with_a_tokenizer_may_be_wrong(files, message, path, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(CorpusError, match=message):
+        open_chat(str(tmp_path), chat="tokenizer")
+
+
+def test_a_switch_is_no_token_and_half_a_character_no_text(path, tmp_path):
+    fields = {"add_bos_token": True, "chat_template": "{% generation %}\ud800{{ add_bos_token }}{% endgeneration %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    assert open_chat(str(tmp_path), chat="tokenizer").encode([HELLO]) == [
+        Refused("gets half a surrogate pair from the chat template")
+    ]
+
+
 def test_longer_than_asked_for(path):
     limits = {"max_tokens": SPANS[0][1] - 3}
     assert len(open_chat(path, **limits).encode([HELLO])[0].tokens) == TOKENS

@@ -234,6 +234,35 @@ def test_unusable_templates_are_named(folder, tmp_path):
         encode(folder, CONVERSATIONS[0], chat=str(tmp_path / "llama.jinja"))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''['__class__'] }}{{ cycler.__init__.__globals__.os.mkdir(PLACE) }}",
+        "{{ messages[0].__init__.__globals__['__builtins__']['open'](PLACE, 'w') }}",
+        "{{ (messages | attr('__class__')).mro() }}",
+        "{% include '/etc/passwd' %}",
+        "{% do messages.append(1) %}{{ messages.append(1) }}",
+        "{{ 1 // 0 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% for a in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_templates_reach_nothing_but_their_messages(source, folder, tmp_path):
+    place = tmp_path / "made by the template"
+    (tmp_path / "t.jinja").write_text(
+        "{% generation %}" + source.replace("PLACE", repr(str(place))) + "{% endgeneration %}"
+    )
+    try:
+        refused = encode(folder, CONVERSATIONS[0], chat=str(tmp_path / "t.jinja"))
+    except CorpusError as error:
+        assert "no Jinja template" in str(error)  # noqa: PT017
+    else:
+        assert isinstance(refused, Refused)
+        assert refused.reason == "is rejected by the chat template"
+    assert not place.exists()
+
+
 def test_roles_out_of_turn_are_refused_by_both_kinds(folder, tmp_path):
     (tmp_path / "llama.jinja").write_text(LLAMA2)
     messages = conversation("user: a\nuser: b\nassistant: c")
