@@ -11,7 +11,7 @@ import sys
 
 from megazebra.config import ConfigError, check_world, load_config, parse_command_line
 from megazebra.config.stages import stages_of
-from megazebra.launch import complete_environment, readable_errors, world_size
+from megazebra.launch import REQUEUE_EXIT_CODE, complete_environment, readable_errors, world_size
 from megazebra.train.deepspeed_config import build_deepspeed_config
 
 
@@ -32,10 +32,14 @@ def main() -> None:
     from megazebra.train.loop import train
     from megazebra.train.session import open_session, open_world, stages_left
 
+    stopped_by = None
     with open_world() as world:
         for stage in stages_left(stages, world):
             with open_session(config, stage, world, deepspeed_configs[stage.number]) as session:
-                train(session)
+                stopped_by = train(session)
+            if stopped_by is not None:
+                break
+    sys.exit(0 if stopped_by is None else REQUEUE_EXIT_CODE)
 
 
 if __name__ == "__main__":

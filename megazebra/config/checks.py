@@ -6,6 +6,7 @@ A check runs when all its sections are valid in themselves, so one bad value hid
 from __future__ import annotations
 
 import inspect
+import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,9 +16,12 @@ from megazebra.config.keys import did_you_mean
 from megazebra.config.schema import (
     Config,
     DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
     RopeConfig,
     ScheduleConfig,
     Section,
@@ -185,6 +189,15 @@ def batch_fits(train: TrainConfig) -> Problems:
         )
 
 
+def hang_is_seen(train: TrainConfig, parallel: ParallelConfig) -> Problems:
+    if train.hang_timeout_s is not None and train.hang_timeout_s >= parallel.timeout_s:
+        yield (
+            "train.hang_timeout_s",
+            f"must be less than parallel.timeout_s={parallel.timeout_s:g}, or collectives give up before; lower it, or "
+            "raise parallel.timeout_s",
+        )
+
+
 def schedule_fits(schedule: ScheduleConfig, train: TrainConfig) -> Problems:
     steps, warmup = train.steps, schedule.warmup_steps
     if warmup > steps:
@@ -215,6 +228,19 @@ def validation_has_data(validation: ValidationConfig, data: DataConfig) -> Probl
             "validation.interval",
             "needs a held-out corpus: set data.validation_path or data.validation_sources, or validation.interval=0",
         )
+
+
+def evaluation_can_ask(evaluation: EvaluationConfig, data: DataConfig) -> Problems:
+    asked = set(evaluation.tasks)
+    if evaluation.interval and not asked:
+        yield "evaluation.interval", "evaluates nothing; name tasks in evaluation.tasks, or set it to 0"
+    if asked & {"positions", "contexts"} and data.validation_path is None and not data.validation_sources:
+        yield (
+            "evaluation.tasks",
+            "needs held-out text for positions and contexts: set data.validation_path or data.validation_sources",
+        )
+    if "ruler" in asked and evaluation.tokenizer is None:
+        yield "evaluation.tokenizer", "is needed by the task ruler, which is made of words: name a tokenizer.json"
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -269,6 +295,37 @@ def attention_backend_exists(train: TrainConfig) -> Problems:
         yield "train.attention_backend", f"must be one of {names}{did_you_mean(train.attention_backend, known)}"
 
 
+def prometheus_stays_inside(logging: LoggingConfig) -> Problems:
+    server = logging.prometheus
+    if server.enabled and not server.expose and not is_loopback(server.host):
+        yield (
+            "logging.prometheus.host",
+            "is no loopback address, so other machines could read the metrics; set logging.prometheus.host=127.0.0.1, "
+            "or logging.prometheus.expose=true if that is meant",
+        )
+    if server.expose and is_loopback(server.host):
+        yield (
+            "logging.prometheus.expose",
+            f"exposes nothing at logging.prometheus.host={server.host}; set the host to an address of this machine, "
+            "such as 0.0.0.0, or remove it",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; names other than localhost are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def profile_window_is_one(profile: ProfileConfig) -> Problems:
+    if profile.window is not None and not 1 <= profile.window[0] <= profile.window[1]:
+        yield "profile.steps", "must be first:last with 1 <= first <= last: steps count from 1"
+    if profile.window is not None and not profile.ranks:
+        yield "profile.ranks", "names no rank, so profile.steps records nothing; set profile.ranks=[0]"
+
+
 CHECKS: tuple[Callable[..., Problems], ...] = (
     heads_fit,
     pattern_fits,
@@ -280,15 +337,19 @@ CHECKS: tuple[Callable[..., Problems], ...] = (
     context_is_read,
     sequence_fits,
     batch_fits,
+    hang_is_seen,
     schedule_fits,
     schedule_is_read,
     optimizer_is_read,
     validation_has_data,
+    evaluation_can_ask,
     data_is_named_once,
     sources_fit,
     megatron_order_fits,
     packing_is_masked,
     attention_backend_exists,
+    prometheus_stays_inside,
+    profile_window_is_one,
 )
 
 
@@ -318,6 +379,9 @@ def check_world(config: Config, world_size: int) -> None:
             ]
         )
     gradient_accumulation_steps(config, world_size // ranks_per_replica)
+    absent = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.window is not None and absent:
+        raise ConfigError([f"profile.ranks has {absent[0]}, but the ranks are 0 to {world_size - 1}; remove it"])
 
 
 def gradient_accumulation_steps(config: Config, data_parallel_size: int) -> int:

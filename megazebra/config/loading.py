@@ -19,7 +19,10 @@ from megazebra.config.yaml_source import Setting, read_override, read_settings, 
 from megazebra.durable import write_atomically
 
 # Where the type alone says too little.
-_FORMS = {"model.pattern": "a string to tile, such as GLLL, or a list of every layer, such as [G, 128, L]"}
+_FORMS = {
+    "model.pattern": "a string to tile, such as GLLL, or a list of every layer, such as [G, 128, L]",
+    "profile.steps": "the first and the last step, such as 10:12, or null",
+}
 _NOTES = {"model.window": " (the window counts the query itself)"}
 _LIMITS = {
     "greater_than_equal": "must be >= {ge:.15g}",

@@ -16,6 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
+MAX_LAYERS = 10_000  # each has a specification of its own: a slip of the finger would fill the memory
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -67,7 +68,7 @@ class RopeConfig(Section):
 
 
 class ModelConfig(Section):
-    num_layers: Count = 32
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 32
     """Transformer blocks."""
     hidden_size: Count = 4096
     """Width of the residual stream."""
@@ -187,6 +188,10 @@ class TrainConfig(Section):
     compile: bool = False
     """Fuse RMSNorm, RoPE and SwiGLU's product with torch.compile: on a CPU they take about half the time then, after
     seconds of compiling at the first step. Needs a C++ compiler on CPUs, Triton on GPUs (not yet tried there)."""
+    hang_timeout_s: PositiveOrZero | None = None
+    """End the run when a step takes longer than this (seconds), after every rank has written its Python stacks into
+    the run folder's `stacks`; reading and writing checkpoints may take five times as long. null: 0.8 of
+    parallel.timeout_s, after which collectives give up by themselves and leave no stacks. 0: never."""
     loss_chunk: Count = 1024
     """Tokens per chunk of the output layer and cross-entropy; the chunk's logits are all that exist of them."""
     guard: GuardConfig = GuardConfig()
@@ -283,6 +288,23 @@ class ValidationConfig(Section):
     """Sequences of one validation of a held-out corpus, always the same ones."""
 
 
+class EvaluationConfig(Section):
+    tasks: tuple[Literal["positions", "contexts", "passkey", "kv", "copy", "ruler"], ...] = ()
+    """What is evaluated beside the validation loss, as tools/evaluate.py does: the loss of held-out text by position
+    and behind contexts of different lengths, recall by depth and length, a RULER-style set."""
+    interval: CountOrZero = 0
+    """Steps between evaluations; 0: only after the last step."""
+    lengths: tuple[Count, ...] | None = None
+    """Tokens of their sequences; null: data.seq_len."""
+    depths: tuple[Share, ...] = (0.0, 0.5, 1.0)
+    """Where in the sequence the answers of passkey, kv and copy stand, from 0 (its beginning) to 1."""
+    samples: Count = 16
+    """Sequences of each task, length and depth, always the same ones."""
+    tokenizer: str | None = None
+    """A tokenizer.json, for questions in words (ruler has no others); null: passkey, kv and copy are made of bare token
+    ids, which only a model trained on such can answer."""
+
+
 class CheckpointConfig(Section):
     init_from: str | None = None
     """Begin with these weights in place of random ones: a model folder (tools/convert_hf.py import,
@@ -311,6 +333,17 @@ class WandbConfig(Section):
     """Name of the run; null: the run folder's name."""
 
 
+class PrometheusConfig(Section):
+    enabled: bool = False
+    """Serve the latest metrics to Prometheus from rank 0, under http://HOST:PORT/metrics."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Loopback, unless expose is true."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 9400
+    """Port to listen at."""
+    expose: bool = False
+    """Allow an address that other machines reach: whoever does reads the metrics, and no password is asked for."""
+
+
 class LoggingConfig(Section):
     progress: Literal["auto", "bar", "lines"] = "auto"
     """auto: a bar on a terminal, one line a step otherwise."""
@@ -320,6 +353,24 @@ class LoggingConfig(Section):
     """Write TensorBoard events into the run folder (extra `tensorboard`)."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    prometheus: PrometheusConfig = PrometheusConfig()
+    """Prometheus endpoint."""
+
+
+class ProfileConfig(Section):
+    steps: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")] | None = None
+    """Record these steps with torch's profiler, the first and the last of them, such as '10:12': the run folder's
+    `profile` gets a trace for Perfetto and a table of the time by part of the model, which is printed too."""
+    ranks: tuple[CountOrZero, ...] = (0,)
+    """Ranks that record."""
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """First and last step."""
+        if self.steps is None:
+            return None
+        first, last = map(int, self.steps.split(":"))
+        return first, last
 
 
 class Config(Section):
@@ -333,11 +384,13 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     stages: dict[str, dict[str, Any]] = {}
     """Stages that follow each other, by name: what each sets of the sections model, parallel, train, optimizer,
-    schedule, data and validation in place of the values above, such as {long: {data: {seq_len: 16384}, train: {steps:
-    500}}}. A stage has its own steps, learning rate schedule and samples, and goes on with the weights of the one
-    before. train.seed grows by one from stage to stage where none sets it, so that a corpus is not repeated in the same
-    order."""
+    schedule, data, validation and evaluation in place of the values above, such as {long: {data: {seq_len: 16384},
+    train: {steps: 500}}}. A stage has its own steps, learning rate schedule and samples, and goes on with the weights
+    of the one before. train.seed grows by one from stage to stage where none sets it, so that a corpus is not repeated
+    in the same order."""

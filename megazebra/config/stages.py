@@ -15,7 +15,7 @@ from megazebra.config import keys
 from megazebra.config.errors import ConfigError
 from megazebra.config.schema import Config
 
-SECTIONS = ("model", "parallel", "train", "optimizer", "schedule", "data", "validation")
+SECTIONS = ("model", "parallel", "train", "optimizer", "schedule", "data", "validation", "evaluation")
 # These give the weights their shapes: all stages share the weights, so they share these.
 SHAPES = tuple(
     f"model.{name}"
@@ -112,6 +112,9 @@ def problems_between(config: Config) -> Iterator[str]:
                 f"stage {stage.name}: optimizer.name={stage.config.optimizer.name}: follows "
                 f"{before.config.optimizer.name}, whose moments it cannot take; set optimizer.state=reset in this stage"
             )
+    window, steps = config.profile.window, stages[-1].last_step
+    if window is not None and window[1] > steps:
+        yield f"profile.steps={config.profile.steps}: the run has only {steps} steps; choose a window within them"
     for name in config.stages:
         if not _NAME.fullmatch(name):
             yield f"stages: has the name {name!r}; take letters, digits, '_' and '-'"

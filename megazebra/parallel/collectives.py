@@ -23,7 +23,8 @@ def all_reduce(tensor: Tensor, group: Group, *, maximum: bool = False, label: st
     if group.size == 1:
         return tensor
     group.traffic.record("all_reduce", group.name, group.size, tensor.nbytes, label)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group.process_group)
+    with group.traffic.communicating(group.name):
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group.process_group)
     return tensor
 
 
@@ -35,7 +36,8 @@ def all_gather(shard: Tensor, group: Group, *, dim: int, label: str = "") -> Ten
     leading = shard.movedim(dim, 0).contiguous()
     full = leading.new_empty((leading.shape[0] * group.size, *leading.shape[1:]))
     group.traffic.record("all_gather", group.name, group.size, full.nbytes, label)
-    _all_gather(full, leading, group=group.process_group)
+    with group.traffic.communicating(group.name):
+        _all_gather(full, leading, group=group.process_group)
     # Joined in memory too, or every layer that reads it would make a copy of its own.
     return full.movedim(0, dim).contiguous()
 
@@ -54,8 +56,19 @@ def reduce_scatter(full: Tensor, group: Group, *, dim: int, label: str = "") -> 
     leading = full.movedim(dim, 0).contiguous()
     shard = leading.new_empty((leading.shape[0] // group.size, *leading.shape[1:]))
     group.traffic.record("reduce_scatter", group.name, group.size, leading.nbytes, label)
-    _reduce_scatter(shard, leading, group=group.process_group)
+    with group.traffic.communicating(group.name):
+        _reduce_scatter(shard, leading, group=group.process_group)
     return shard.movedim(0, dim)
+
+
+def broadcast(tensor: Tensor, group: Group, *, label: str = "") -> Tensor:
+    """The tensor of the group's first rank, written into `tensor` on the others; `tensor` is returned."""
+    if group.size == 1:
+        return tensor
+    group.traffic.record("broadcast", group.name, group.size, tensor.nbytes, label)
+    with group.traffic.communicating(group.name):
+        dist.broadcast(tensor, group.ranks[0], group=group.process_group)
+    return tensor
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:

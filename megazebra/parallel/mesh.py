@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megazebra.config.schema import ParallelConfig
 from megazebra.parallel.traffic import TrafficCounter
+from megazebra.parallel.waits import HostWaits, Waits, waits_on
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ParallelMesh:
     dp_cp: Group
     world: Group
     traffic: TrafficCounter
+    waits: Waits = field(default_factory=HostWaits)
 
     @classmethod
     def build(cls, config: ParallelConfig, device: torch.device | None = None) -> ParallelMesh:
@@ -64,7 +66,8 @@ class ParallelMesh:
                 f"world size {world} is not divisible by parallel.tensor * parallel.context = {tp} * {cp}; "
                 f"start a multiple of {tp * cp} processes or lower one of them"
             )
-        traffic = TrafficCounter()
+        traffic, waits = TrafficCounter(), waits_on(device)
+        traffic.watchers.append(waits)
         timeout = timedelta(seconds=config.timeout_s)
 
         def axis(name: str, key: Callable[[int, int, int], object], *, alone: bool = False) -> Group:
@@ -95,6 +98,7 @@ class ParallelMesh:
             dp_cp=axis("dp_cp", lambda d, c, t: t),
             world=axis("world", lambda d, c, t: None),
             traffic=traffic,
+            waits=waits,
         )
 
     def describe(self) -> str:

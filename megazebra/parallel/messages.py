@@ -34,8 +34,9 @@ class Flight:
         if not self._pending:
             return
         began = time.perf_counter()
-        for pending in self._pending:
-            pending.wait()
+        with self._group.traffic.communicating(self._group.name):
+            for pending in self._pending:
+                pending.wait()
         if self._messages[0].device.type == "cpu":
             now = time.perf_counter()
             self._group.traffic.record_flight(now - self._posted, now - began)
@@ -52,5 +53,6 @@ def all_to_all(
     incoming = outgoing.new_empty(sum(arriving))
     received = (incoming.numel() - arriving[group.rank]) * incoming.element_size()
     group.traffic.record_received("all_to_all", group.name, received, label)
-    dist.all_to_all_single(incoming, outgoing, list(arriving), list(sent), group=group.process_group)
+    with group.traffic.communicating(group.name):
+        dist.all_to_all_single(incoming, outgoing, list(arriving), list(sent), group=group.process_group)
     return incoming

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass
@@ -13,8 +15,16 @@ class Tally:
     bytes: int = 0
 
 
+class Watcher(Protocol):
+    """Told what this rank enters and leaves; parts lie within each other or apart."""
+
+    def enter(self, part: str) -> None: ...
+
+    def leave(self, part: str) -> None: ...
+
+
 class TrafficCounter:
-    """Calls and bytes of one rank's collectives.
+    """Calls and bytes of one rank's collectives. `watchers` learn when they run.
 
     Bytes are those a bandwidth-optimal (ring) algorithm makes each rank receive, so they can be compared
     with formulas and across backends. With P ranks and a full tensor of n bytes: all-gather and
@@ -26,6 +36,19 @@ class TrafficCounter:
         self.tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
         self.in_flight_s = 0.0
         self.waited_s = 0.0
+        self.watchers: list[Watcher] = []
+
+    @contextmanager
+    def communicating(self, group_name: str) -> Iterator[None]:
+        """Around whatever may wait for other ranks of the group."""
+        part, watchers = f"communication, {group_name}", tuple(self.watchers)
+        for watcher in watchers:
+            watcher.enter(part)
+        try:
+            yield
+        finally:
+            for watcher in reversed(watchers):
+                watcher.leave(part)
 
     def record(self, kind: str, group_name: str, group_size: int, full_bytes: int, label: str = "") -> None:
         """Count one collective of `kind` over a full (unsharded) tensor of `full_bytes`."""

@@ -118,4 +118,4 @@ def _control(traffic: TrafficCounter, config: Config, sharing: int, world_size: 
         traffic.record("all_reduce", "tp", config.parallel.tensor, 8, "grad_norm")
     if world_size > 1:
         traffic.record("all_reduce", "world", world_size, 4, "guard")
-        traffic.record("all_reduce", "world", world_size, 4, "data_wait")
+        traffic.record("all_reduce", "world", world_size, 4 * (1 + world_size), "step_times")

@@ -135,6 +135,22 @@ def build_deepspeed_config(config: Config, world_size: int, user_path: str | Pat
     return merge_user_config(generated, load_user_config(user_path), str(user_path))
 
 
+def user_additions(config: Config, data_parallel_size: int, merged: dict[str, Any]) -> dict[str, Any]:
+    """What a user's file has added to the generated configuration or set anew in it: as a file, it does so again."""
+    return _beyond(deepspeed_config(config, data_parallel_size), merged)
+
+
+def _beyond(ours: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    additions = {}
+    for key, value in merged.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            if inner := _beyond(ours[key], value):
+                additions[key] = inner
+        elif key not in ours or value != ours[key]:
+            additions[key] = value
+    return additions
+
+
 def load_user_config(path: str | Path) -> dict[str, Any]:
     """A user's DeepSpeed file (`--deepspeed_config`).
 

@@ -306,17 +306,35 @@ class TrainEngine:
             setattr(comm.cdb, method_name, _counted(method, kind, full_tensor, parameters, self.mesh.traffic))
 
 
+class _WatchedWork:
+    """The handle of a collective that was only begun: waiting for it is communicating too."""
+
+    def __init__(self, work: Any, traffic: TrafficCounter) -> None:
+        self._work = work
+        self._traffic = traffic
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._traffic.communicating("zero"):
+            return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
 def _counted(
     method: Callable[..., Any], kind: str, full_tensor: str, parameters: tuple[str, ...], traffic: TrafficCounter
 ) -> Callable[..., Any]:
-    """The collective, recording at every call the size of the argument named `full_tensor`."""
+    """The collective, recording at every call the size of the argument named `full_tensor`; watchers see it."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
         size = dist.get_world_size(arguments.get("group"))
-        if size > 1:
-            traffic.record(kind, "zero", size, arguments[full_tensor].nbytes, "zero")
-        return method(*args, **kwargs)
+        if size == 1:
+            return method(*args, **kwargs)
+        traffic.record(kind, "zero", size, arguments[full_tensor].nbytes, "zero")
+        with traffic.communicating("zero"):
+            work = method(*args, **kwargs)
+        return work if work is None else _WatchedWork(work, traffic)
 
     counted.uncounted = method  # type: ignore[attr-defined]
     return counted

@@ -8,6 +8,10 @@ Training rows (`"kind": "train"`), one per step:
     lr                learning rate of the update
     step_time_s       wall time of the step, data included; reporting, validation and saving are not
     data_wait_s       share of it that the slowest rank waited for the next batch
+    work_s            own work of the median rank in the step: without its time in collectives and waiting for halos
+                      (megazebra/train/stragglers.py says what counts); this and the next two absent with one rank
+    slowest_rank      the rank with most work of its own
+    step_spread_s     its own work above the median: about what a typical rank waits for it
     tokens_per_s      tokens of the global batch / step_time_s
     flops_per_s       model operations of one device / step_time_s (megazebra/plan/flops.py says what counts)
     mfu               flops_per_s / peak of the device; null where the peak is not known
@@ -26,13 +30,17 @@ Checkpoint rows (`"kind": "checkpoint"`), one per checkpoint that is complete: s
 long training stood still for it), seconds (until it was complete).
 Validation rows (`"kind": "validation"`), one per held-out corpus: step, source ('' for data.validation_path), loss,
 seconds. When a stage begins, they say how the weights of the stage before do under its length and pattern.
+Evaluation rows (`"kind": "evaluation"`), one per task, length and depth or span of positions: step, and what
+megazebra/evaluate/results.py says.
 Rows of a run with stages have a field `stage`, its name.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -43,10 +51,12 @@ import torch
 from megazebra.durable import errors_name, write_atomically
 
 Row = dict[str, Any]
+_IDENTITY = ("source", "task", "length", "depth", "start", "end")
 
 
 class MetricsFile:
-    """Append-only; a row is with the system when `write` returns, so a killed process keeps all it had.
+    """Append-only; a row is with the system when `write` returns, so a killed process keeps all it had. `write` raises
+    OSError, which names the file, when the disk is full or the file was deleted.
 
     resumed_step: rows after it belong to a run that went further than its last checkpoint and are dropped.
     beginning_stage: the stage that begins there; rows that it has written already are dropped.
@@ -64,6 +74,8 @@ class MetricsFile:
         with errors_name(self.path):
             self._file.write(_line(row))
             self._file.flush()
+            if not os.fstat(self._file.fileno()).st_nlink:  # the system would go on writing, to nowhere
+                raise FileNotFoundError(errno.ENOENT, "was deleted while the run goes on")
 
     def close(self) -> None:
         with suppress(OSError):  # every row was flushed: what a full disk refused was reported then
@@ -71,14 +83,22 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """All whole rows; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The rows up to the first that is not whole: a last line cut short by a kill is left out."""
+    rows: list[Row] = []
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
+
+
+def identity_of(row: Row) -> dict[str, Any]:
+    """What tells a row from the others of its kind and step."""
+    return {name: row[name] for name in _IDENTITY if row.get(name) not in (None, "")}
 
 
 def loss_of(row: Row) -> float:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megazebra.checkpoint.manager import Progress
 from megazebra.checkpoint.store import Saving
 from megazebra.config.stages import Stage
+from megazebra.evaluate.results import Row, table
 from megazebra.parallel.traffic import TrafficCounter
 from megazebra.plan.hardware import peak_flops
 from megazebra.train.console import Console
 from megazebra.train.engine import StepResult
 from megazebra.train.metrics import MetricsFile, loss_of, peak_memory_bytes, read_metrics
 from megazebra.train.plot import plot_loss
+from megazebra.train.stragglers import StepTimes, Stragglers
 from megazebra.train.trackers import open_trackers
 
 _FINAL_MEAN_STEPS = 20  # at most; a tenth of a short run
@@ -45,6 +50,7 @@ class Reporter:
         self.started = time.perf_counter()
         self.first = progress
         self._stalls: dict[int, float] = {}
+        self._stragglers = Stragglers()
 
     def message(self, text: str) -> None:
         self.console.message(text)
@@ -60,7 +66,7 @@ class Reporter:
         result: StepResult,
         *,
         seconds: float,
-        data_wait_s: float,
+        times: StepTimes,
         halo_overlap: float | None,
         device_flops: float,
         traffic: TrafficCounter,
@@ -76,7 +82,7 @@ class Reporter:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_time_s": seconds,
-            "data_wait_s": data_wait_s,
+            "data_wait_s": times.data_wait_s,
             "tokens_per_s": tokens / seconds,
             "flops_per_s": device_flops / seconds,
             "mfu": device_flops / seconds / self.peak if self.peak else None,
@@ -87,15 +93,24 @@ class Reporter:
         if self.config.parallel.context > 1:
             row["context"] = {name: vars(tally) for name, tally in traffic.context().items()}
             row["halo_overlap"] = halo_overlap
+        if len(times.work_s) > 1:
+            row |= {"work_s": times.median_work_s, "slowest_rank": times.slowest_rank, "step_spread_s": times.spread_s}
         if result.skipped is not None:
             row |= {"skipped": result.skipped, "samples": samples}
         self._record(row)
         self.console.step(row)
+        for sentence in self._stragglers.step(times):
+            self.message(f"step {progress.step}: {sentence}")
 
     def validation(self, step: int, source: str, loss: float, seconds: float) -> None:
         row = {"kind": "validation", "step": step, "source": source, "loss": loss, "seconds": seconds}
         self._record(row)
         self.console.validation(row)
+
+    def evaluation(self, step: int, rows: Sequence[Row], seconds: float) -> None:
+        for row in rows:
+            self._record({"kind": "evaluation", "step": step, **asdict(row)})
+        self.message("\n  ".join([f"step {step}: evaluation ({seconds:.1f} s)", *table(rows)]))
 
     def epochs(self, step: int, epochs: dict[str, float]) -> None:
         self._record({"kind": "data", "step": step, "epochs": epochs})
@@ -122,6 +137,16 @@ class Reporter:
         self.trackers.close()
         plot_loss(self.metrics.path, self.folder / "loss.png", self.unigram)
         print("\n".join(self._summary(progress, skips)), flush=True)
+
+    def stop(self, progress: Progress, stopped_by: signal.Signals) -> None:
+        """Close every record of a run that was asked to stop and can go on."""
+        self.message(
+            f"{stopped_by.name} received: stopped after step {progress.step}, which is saved; start the same command "
+            "again to go on"
+        )
+        self.console.close()
+        self.metrics.close()
+        self.trackers.close()
 
     def abandon(self) -> None:
         """Close the records of a run that ends in an error, quickly: the error's own message is waiting."""

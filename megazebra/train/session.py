@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megazebra import launch
 from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint, stage_to_go_on_with
 from megazebra.checkpoint.store import CheckpointError
 from megazebra.checkpoint.weights import ReadOnDemand, Weights, open_weights
@@ -28,14 +29,19 @@ from megazebra.data.index import builder
 from megazebra.data.loader import StepLoader, validation_batches
 from megazebra.data.prefetch import PrefetchingLoader
 from megazebra.data.sources import Source, TrainingData, open_training_data, open_validation_data
+from megazebra.evaluate.cell import Cell
 from megazebra.models.build import build_model, forward, model_runtime
 from megazebra.parallel.collectives import gather_objects
 from megazebra.parallel.mesh import ParallelMesh
 from megazebra.plan.flops import parameter_count, training_flops_of
-from megazebra.train.deepspeed_config import effective_zero_stage
+from megazebra.train.audit import append_start, device_name, gather_hosts, origin_of, surroundings
+from megazebra.train.deepspeed_config import effective_zero_stage, user_additions
 from megazebra.train.engine import TrainEngine, start_deepspeed
+from megazebra.train.evaluation import evaluation_cells
 from megazebra.train.reporter import Reporter
+from megazebra.train.stopping import StopRequest
 from megazebra.train.trackers import check_trackers
+from megazebra.train.watchdog import Watchdog
 
 # Dealing out samples by cost is worth the trouble where one long document costs this many times what short ones do.
 WORTH_BALANCING = 1.05
@@ -46,6 +52,8 @@ class World:
 
     def __init__(self) -> None:
         self.device = own_device()
+        self.stop = StopRequest()
+        self.watchdog = Watchdog(launch.rank(), launch.world_size())
         self._meshes: dict[tuple[int, int], ParallelMesh] = {}
 
     def mesh(self, parallel: ParallelConfig) -> ParallelMesh:
@@ -60,16 +68,20 @@ class World:
 @contextmanager
 def open_world() -> Iterator[World]:
     """The processes of a run, until the `with` block ends. Raises ValueError when this one has no GPU of its own."""
-    yield World()
-    # Without both, most runs end in an abort of a rank that found its peers gone.
-    dist.barrier()
-    dist.destroy_process_group()
+    world = World()
+    try:
+        yield world
+        # Without both, most runs end in an abort of a rank that found its peers gone.
+        dist.barrier()
+        dist.destroy_process_group()
+    finally:
+        world.watchdog.close()
 
 
 @dataclass
 class Session:
     """validation: for every held-out corpus, what gives this rank's micro-batches of it; the name of
-    data.validation_path is ''. reporter is None on all ranks but 0.
+    data.validation_path is ''. evaluation: the tasks beside. reporter is None on all ranks but 0.
     """
 
     stage: Stage
@@ -80,21 +92,26 @@ class Session:
     loader: PrefetchingLoader
     data: TrainingData
     validation: dict[str, Callable[[], Iterator[MicroBatch]]]
+    evaluation: list[Cell]
     checkpoints: Checkpoints
     progress: Progress
+    stop: StopRequest
+    watchdog: Watchdog
     reporter: Reporter | None
 
 
 def stages_left(stages: Sequence[Stage], world: World) -> Sequence[Stage]:
     """Those that the run's checkpoints have not completed; the last one where all are.
 
-    Raises CorpusError and CheckpointError: what is wrong with a late stage's data should show now.
+    Raises ValueError (run folder), CorpusError and CheckpointError: what is wrong with a late stage's data should show
+    now.
     """
+    _check_run_folder(stages[0].config)  # here, since a stage finds the folder in use by the one before
     if len(stages) == 1:
         return stages
     for stage in stages:
         open_training_data(stage.config)
-        open_validation_data(stage.config)
+        evaluation_cells(stage.config, open_validation_data(stage.config))
     config = stages[0].config
 
     def find() -> tuple[int, str | None]:
@@ -115,11 +132,12 @@ def stages_left(stages: Sequence[Stage], world: World) -> Sequence[Stage]:
 def open_session(run: Config, stage: Stage, world: World, deepspeed_config: dict[str, Any]) -> Iterator[Session]:
     """Everything a training loop needs for a stage of the run, resumed from the newest checkpoint where there is one.
 
-    Raises ValueError (data, backend, run folder) and CheckpointError, before anything is written.
+    Raises ValueError (data, backend) and CheckpointError, before anything is written.
     """
     config, device = stage.config, world.device
+    world.watchdog.watch(Path(config.run.dir), _hang_timeout(config))
     data, held_out = open_training_data(config), open_validation_data(config)
-    _check_run_folder(config)
+    evaluation = evaluation_cells(config, held_out)
     check_trackers(config)
     weights = _initial_weights(config)
     runtime = model_runtime(config, device)
@@ -155,11 +173,25 @@ def open_session(run: Config, stage: Stage, world: World, deepspeed_config: dict
         stage=_staging(config, mesh, device),
     )
     reporter = None
+    hosts = gather_hosts(mesh.world, device)
     if mesh.world.rank == 0:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         save_config(run, Path(config.run.dir) / "config.yaml")
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        reporter = Reporter(stage, progress, device, device_name, _unigram_bars(held_out))
+        start = {
+            **surroundings(),
+            "stage": stage.name,
+            "first_step": progress.step,
+            "config": run.model_dump(mode="json"),
+            "deepspeed_config": user_additions(config, mesh.dp.size, deepspeed_config),
+            "seed": config.train.seed,
+            "hosts": hosts,
+            "data": data.identity,
+            "held_out": {name: source.identity for name, source in held_out.items()},
+            "init_from": origin_of(weights),
+            "attention_backend": runtime.backend.name,
+        }
+        append_start(Path(config.run.dir), start)
+        reporter = Reporter(stage, progress, device, device_name(device), _unigram_bars(held_out))
         if stage.name and progress.step == stage.first_step:
             reporter.begin_stage(progress.step, dict(leaves(run.stages[stage.name])))
         if progress.step > stage.first_step:
@@ -175,13 +207,21 @@ def open_session(run: Config, stage: Stage, world: World, deepspeed_config: dict
         loader=loader,
         data=data,
         validation={name: _validation(config, mesh, source) for name, source in held_out.items()},
+        evaluation=evaluation,
         checkpoints=checkpoints,
         progress=progress,
+        stop=world.stop,
+        watchdog=world.watchdog,
         reporter=reporter,
     )
     engine.close()
     del engine, checkpoints  # the copies of its last state too
     gc.collect()  # DeepSpeed's objects know each other in circles, and the next stage needs their memory
+
+
+def _hang_timeout(config: Config) -> float:
+    given = config.train.hang_timeout_s
+    return 0.8 * config.parallel.timeout_s if given is None else given
 
 
 def own_device() -> torch.device:

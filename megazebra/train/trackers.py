@@ -1,4 +1,4 @@
-"""Where metrics go beside the file: TensorBoard and Weights & Biases, both optional extras, rank 0 only."""
+"""Where metrics go beside the file, rank 0 only: TensorBoard and Weights & Biases, both optional extras; Prometheus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from megazebra.config.schema import Config
 from megazebra.durable import write_atomically
+from megazebra.launch import rank
+from megazebra.train.metrics import identity_of
+from megazebra.train.prometheus import Prometheus
 
 Row = dict[str, Any]
 _INIT_TIMEOUT_S = 20
@@ -31,7 +34,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, row: Row) -> None:
-        for name, value in _numbers(row).items():
+        for name, value in numbers_of(row).items():
             self.writer.add_scalar(name, value, row["step"])
 
     def close(self, failed: bool) -> None:
@@ -65,7 +68,7 @@ class Wandb:
             self.run = wandb.init(mode="offline", **options)
 
     def log(self, row: Row) -> None:
-        self.run.log(_numbers(row), step=row["step"])
+        self.run.log(numbers_of(row), step=row["step"])
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
@@ -93,12 +96,14 @@ class Trackers:
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ValueError, naming the key and the extra to install, when a tracker's package is absent."""
+    """Raises ValueError, naming the key and the mend, when a tracker's package is absent or a port is taken."""
     wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb.enabled}
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
             key = "logging.tensorboard" if package == "tensorboard" else "logging.wandb.enabled"
             raise ValueError(f"{key}=true needs `pip install 'megazebra[{package}]'`; install it or set it to false")
+    if config.logging.prometheus.enabled and rank() == 0:  # before the model is built, which takes its time
+        Prometheus(config).close(failed=False)
 
 
 def open_trackers(config: Config, first_step: int) -> Trackers:
@@ -108,13 +113,17 @@ def open_trackers(config: Config, first_step: int) -> Trackers:
         trackers.append(TensorBoard(Path(config.run.dir), first_step))
     if config.logging.wandb.enabled:
         trackers.append(Wandb(config))
+    if config.logging.prometheus.enabled:
+        trackers.append(Prometheus(config))
     return Trackers(trackers)
 
 
-def _numbers(row: Row) -> dict[str, float]:
-    """A row's numbers under the names they are charted by: train/loss, train/epochs/code, validation/code/loss."""
-    prefix = "/".join(filter(None, (row["kind"], row.get("source"))))
-    plain = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+def numbers_of(row: Row) -> dict[str, float]:
+    """A row's numbers under the names they are charted by: train/loss, validation/code/loss, evaluation/text/512/…"""
+    identity = identity_of(row)
+    prefix = "/".join(map(str, (row["kind"], *identity.values())))
+    about = {"step", *identity}
+    plain = {name: value for name, value in row.items() if isinstance(value, int | float) and name not in about}
     plain |= {f"epochs/{source}": count for source, count in row.get("epochs", {}).items()}
     return {f"{prefix}/{name}": value for name, value in plain.items()}
 

@@ -153,10 +153,16 @@ def train_under_deepspeed(configs: list[Config]) -> list[Trajectory]:
     return trajectories
 
 
-def train_plainly(config: Config, dtype: torch.dtype = torch.float32) -> Trajectory:
+def train_plainly(
+    config: Config,
+    dtype: torch.dtype = torch.float32,
+    first_step: int = 0,
+    state: dict[str, dict[str, Tensor]] | None = None,
+) -> Trajectory:
     """The same training in one process with nothing but torch: no mesh, no engine, no accumulation tricks.
 
     bfloat16 keeps float32 master weights, as every mixed-precision trainer does.
+    state: what `first_step` begins with: of every weight its 'master', and AdamW's moments by their names.
     """
     mesh = ParallelMesh.build(tiny_config().parallel)
     model = build_model(config, mesh, model_runtime(config, CPU))
@@ -173,8 +179,14 @@ def train_plainly(config: Config, dtype: torch.dtype = torch.float32) -> Traject
         optimizer = torch.optim.SGD(groups, lr=1.0)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    for name, parameter, master in zip(names, parameters, masters, strict=True):
+        if state is not None:
+            moments = {what: value.to(master.dtype, copy=True) for what, value in state[name].items()}
+            master.data.copy_(moments.pop("master"))
+            parameter.data.copy_(master)
+            optimizer.state[master] = {"step": torch.tensor(float(first_step)), **moments}
     losses, norms = [], []
-    for step in range(config.train.steps):
+    for step in range(first_step, config.train.steps):
         (batch,) = step_batches(
             config.model_copy(
                 update={"train": config.train.model_copy(update={"micro_batch_size": config.train.global_batch_size})}

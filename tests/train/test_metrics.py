@@ -14,7 +14,7 @@ from megazebra.config import Config
 from megazebra.train.console import Console
 from megazebra.train.metrics import MetricsFile, peak_memory_bytes, read_metrics
 from megazebra.train.plot import plot_loss
-from megazebra.train.trackers import Trackers, check_trackers
+from megazebra.train.trackers import Trackers, check_trackers, numbers_of
 
 ROW = {
     "kind": "train", "step": 1, "tokens": 64, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "step_time_s": 0.5,
@@ -46,6 +46,14 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 2]
     write(path, range(3, 4), resumed_step=2)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("line", [b"[1]", b'{"step": 3}', b'{"kind": "train", "step": "3"}', b"\xff", b"[" * 100_000])
+def test_reading_ends_at_a_line_that_is_no_row(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 2))
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    assert [row["step"] for row in read_metrics(path)] == [1]
 
 
 def test_rows_are_json_whatever_the_loss(tmp_path: Path) -> None:
@@ -125,6 +133,14 @@ def test_a_tracker_that_fails_is_dropped_and_training_goes_on(capsys: pytest.Cap
     trackers.close()
     assert seen == [1, 2]
     assert capsys.readouterr().out == "Failing is switched off after ConnectionError: no route\n"
+
+
+def test_charts_are_named_by_what_tells_rows_apart() -> None:
+    evaluation = {"kind": "evaluation", "step": 3, "task": "passkey", "length": 512, "depth": 0.5, "start": None}
+    assert numbers_of({**evaluation, "loss": 1.5, "exact_match": None}) == {"evaluation/passkey/512/0.5/loss": 1.5}
+    assert numbers_of({"kind": "validation", "step": 3, "source": "code", "loss": 2}) == {"validation/code/loss": 2}
+    assert numbers_of({"kind": "validation", "step": 3, "source": "", "loss": 2}) == {"validation/loss": 2}
+    assert numbers_of({"kind": "data", "step": 3, "epochs": {"code": 0.5}}) == {"data/epochs/code": 0.5}
 
 
 class FullDisk:

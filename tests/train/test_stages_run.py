@@ -52,6 +52,7 @@ def run_config(corpus: Path, run_dir: Path, **checkpoint: Any) -> Config:
                 "path": str(corpus / "train"), "validation_path": str(corpus / "validation"), "seq_len": 32,
             },
             "validation": {"samples": 4},
+            "evaluation": {"tasks": ["positions", "copy"], "samples": 3, "depths": [1.0]},
             "train": {"precision": "fp32", "global_batch_size": 4, "steps": SHORT},
             "optimizer": {"lr": 1e-2},
             "checkpoint": {"interval": 1, "keep_last": 100, **checkpoint},
@@ -128,6 +129,23 @@ def test_metrics_tell_the_stages_apart(whole: Config) -> None:
         (SHORT, "short"), (SHORT, "long"), (SHORT + LONG, "long"), (SHORT + LONG, "last"),
         (SHORT + LONG + LAST, "last"),
     ]  # fmt: skip
+
+
+def test_tasks_are_evaluated_at_the_length_of_each_stage(whole: Config) -> None:
+    """Also through ZeRO-3 and context parallelism, which the last stage has."""
+    rows = rows_of(whole, "evaluation")
+    copies = [(row["step"], row["stage"], row["length"]) for row in rows if row["task"] == "copy"]
+    assert copies == [
+        (SHORT, "short", 32), (SHORT, "long", 64), (SHORT + LONG, "long", 64), (SHORT + LONG, "last", 64),
+        (SHORT + LONG + LAST, "last", 64),
+    ]  # fmt: skip
+    assert {row["end"] for row in rows if row["task"] == "positions" and row["stage"] == "short"} == {16, 32}
+    before, after = (
+        [row["loss"] for row in rows if row["step"] == SHORT + LONG and row["stage"] == stage]
+        for stage in ("long", "last")
+    )
+    # The same weights, pattern and length under another layout.
+    assert before == pytest.approx(after, abs=1e-5)
 
 
 def test_moments_are_carried_or_reset(whole: Config) -> None:
