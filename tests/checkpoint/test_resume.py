@@ -54,13 +54,10 @@ def train_with_and_without_stop(configs: list[Config]) -> list[tuple[Trajectory,
 
 @pytest.mark.parametrize(("tp", "cp", "dp"), [(1, 1, 2), (2, 1, 2), (1, 2, 1)])
 def test_resume_is_bitwise(tp: int, cp: int, dp: int, tmp_path: object) -> None:
-    cases = [
-        (stage, precision, optimizer)
-        for stage, precision, optimizer in [
-            (0, "fp32", "adamw"), (1, "fp32", "adamw"), (2, "fp32", "adamw"), (3, "fp32", "adamw"),
-            (1, "bf16", "adamw"), (2, "bf16", "adamw"), (3, "bf16", "adamw"), (1, "fp32", "sgd"), (3, "bf16", "sgd"),
-        ]
-    ]  # fmt: skip
+    cases = [(0, "fp32", "adamw"), (1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw")]
+    if tp * dp == 4:  # every kind of DeepSpeed's optimizers once
+        cases += [(1, "fp32", "adamw"), (3, "fp32", "adamw"), (2, "bf16", "adamw"), (1, "fp32", "sgd"),
+                  (3, "bf16", "sgd")]  # fmt: skip
     configs = [
         tiny_config(
             run__dir=f"{tmp_path}/{stage}-{precision}-{optimizer}",

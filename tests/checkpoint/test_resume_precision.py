@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from support.checkpoints import Truth, truth
 from support.distributed import run_distributed
@@ -61,6 +62,7 @@ def train_chain(configs: list[Config]) -> list[Link]:
     return found
 
 
+@pytest.mark.slow
 def test_every_precision_goes_on_from_the_other(tmp_path: Path) -> None:
     configs = links(tmp_path)
     chain = run_distributed(train_chain, 2, configs)[0]

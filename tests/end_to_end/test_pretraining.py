@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support.command_line import STEPS, arguments, finish, launch, losses, run_alone, train_rows
+from support.command_line import ROOT, STEPS, arguments, finish, launch, losses, run_alone, train_rows
 
 from megazebra.config import load_config
+from megazebra.data.prepare.encoders.tokenizer import load_tokenizer
 from megazebra.train.metrics import read_metrics
 
 
@@ -37,6 +38,21 @@ def test_a_person_can_follow_the_run(finished_run: tuple[Path, str]) -> None:
     assert re.search(r"validation loss +\d+\.\d+  \(the bar to beat, a unigram model: \d", output)
     assert f"written to {run_dir}" in output
     assert "Warning" not in output
+
+
+def test_the_run_generates_text(finished_run: tuple[Path, str], corpus: Path) -> None:
+    """By its folder alone: weights of two ranks, and the tokenizer that its corpus names."""
+    run_dir, _ = finished_run
+    options = ["--prompt", "def main(", "--max-new-tokens=20", "--json"]
+    done = run_alone(str(ROOT / "tools" / "generate.py"), str(run_dir), *options)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["new_tokens"] == 20 or row["ended"] == "eos"
+    assert row["prompt_tokens"] == len(load_tokenizer(corpus / "tokenizer.json").encode("def main(").ids)
+    assert row["text"]
+    # Local layers keep their window of 16 alone.
+    columns = row["prompt_tokens"] + 20 - 1
+    assert f" {(columns + 3 * 16) / (4 * columns):.3f} of the " in done.stderr
 
 
 def test_the_run_folder_holds_everything(finished_run: tuple[Path, str]) -> None:

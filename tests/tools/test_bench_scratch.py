@@ -11,7 +11,8 @@ import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 from bench.scratch import scratch_folder
 with scratch_folder("bench_some", sys.argv[1]) as folder:
     (folder / "large").write_text("file")

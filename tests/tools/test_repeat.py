@@ -66,6 +66,7 @@ def test_the_same_numbers_again(original: Path, capsys: pytest.CaptureFixture[st
     assert checkpoints == {"step_00000002"}, "the second stage begins with it"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_another_seed_is_found(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
