@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.config import Config, load_config, save_config
+from megazebra.config.keys import flat
 from megazebra.errors import UserError
 from megazebra.launch import readable_errors
-from megazebra.report.run import flat
 from megazebra.train.audit import FILE, Start, read_starts
 from megazebra.train.metrics import Row, read_metrics
 

@@ -18,6 +18,7 @@ from megazebra.checkpoint.store import (
     read_index,
     read_latest,
 )
+from megazebra.config.keys import flat
 from megazebra.config.schema import Config
 from megazebra.config.stages import Stage, stages_of
 from megazebra.parallel.sharding import full_shape
@@ -153,7 +154,7 @@ class Checkpoints:
             raise CheckpointError(f"{folder} can't begin {self.stage.describe()}: {'; '.join(differences)}")
 
     def _check_fits(self, index: dict[str, Any]) -> None:
-        written, now = _flatten(index["config"]), _flatten(self.config.model_dump(mode="json"))
+        written, now = flat(index["config"]), flat(self.config.model_dump(mode="json"))
         differences = [
             f"{key}={written.get(key)!r} there, {now.get(key)!r} here"
             for key in _MUST_AGREE
@@ -161,7 +162,7 @@ class Checkpoints:
         ]
         differences += self._other_stage(index)
         differences += self._other_weights(index)
-        old_data, new_data = _flatten(index["data"]), _flatten(self.data_identity)
+        old_data, new_data = flat(index["data"]), flat(self.data_identity)
         differences += [
             f"the training data's {name}: {old_data.get(name)} there, {new_data.get(name)} here"
             for name in sorted(old_data.keys() | new_data.keys())
@@ -189,7 +190,7 @@ class Checkpoints:
         there, here = index["parameters"], self._parameters()
         if there == here:
             return
-        written, now = _flatten(index["config"]), _flatten(self.config.model_dump(mode="json"))
+        written, now = flat(index["config"]), flat(self.config.model_dump(mode="json"))
         for key in now:
             if key.startswith("model.") and written.get(key) != now.get(key):
                 yield f"{key}={written.get(key)!r} there, {now.get(key)!r} here"
@@ -201,7 +202,7 @@ class Checkpoints:
 
     def _changes(self, index: dict[str, Any]) -> Iterator[str]:
         """What differs from the run that wrote the checkpoint and may."""
-        written, now = _flatten(index["config"]), _flatten(self.config.model_dump(mode="json"))
+        written, now = flat(index["config"]), flat(self.config.model_dump(mode="json"))
         written |= {f"layout.{key}": size for key, size in index["layout"].items()}
         now |= {f"layout.{key}": size for key, size in self._layout().items()}
         for key in sorted(written.keys() | now.keys()):
@@ -272,13 +273,3 @@ def _shape_in_words(parameter: dict[str, Any] | None) -> str:
 
 def has_checkpoint(run_dir: Path) -> bool:
     return (run_dir / "checkpoints" / "latest").exists()
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megazebra.config.keys import flat
 from megazebra.errors import UserError
 from megazebra.report import html
 from megazebra.report.html import Html
-from megazebra.report.run import flat
 
 FILE = "evaluation.json"
 LEGEND = "columns"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.config import Config, ConfigError, load_config
+from megazebra.config.keys import flat
 from megazebra.errors import UserError
 
 Row = dict[str, Any]
@@ -59,14 +60,6 @@ class Run:
             return {}
         ours, defaults = (flat(config.model_dump(mode="json")) for config in (self.config, Config()))
         return {key: (defaults.get(key), value) for key, value in ours.items() if value != defaults.get(key)}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys; an empty section is a value."""
-    keys: dict[str, Any] = {}
-    for key, value in tree.items():
-        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return keys
 
 
 def _object(line: str) -> Row | None:

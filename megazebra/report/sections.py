@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
+from megazebra.config.stages import stages_of
 from megazebra.plan.flops import parameter_count
 from megazebra.report import html
 from megazebra.report.charts import Points, curves
@@ -23,14 +24,13 @@ def summary(run: Run) -> dict[str, Any]:
     train, config = run.of_kind("train"), run.config
     facts: dict[str, Any] = {}
     if config is not None:
-        specs = config.model.attention_specs()
-        layers = "".join("L" if spec.is_local else "G" for spec in specs)
-        facts["model"] = (
-            f"{parameter_count(config.model) / 1e6:,.1f} M parameters, layers {layers}, window {config.model.window}"
-        )
+        stages = stages_of(config)
+        model = stages[-1].config.model  # as the run leaves it
+        layers = "".join("L" if spec.is_local else "G" for spec in model.attention_specs())
+        facts["model"] = f"{parameter_count(model) / 1e6:,.1f} M parameters, layers {layers}, window {model.window}"
     if train:
         last = train[-1]
-        of = f" of {config.train.steps:,}" if config is not None else ""
+        of = f" of {stages[-1].last_step:,}" if config is not None else ""
         facts["steps"] = f"{last['step']:,}{of}"
         facts["tokens"] = last.get("tokens")
         losses = [row["loss"] for row in train if row.get("loss") is not None]

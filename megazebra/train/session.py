@@ -20,6 +20,7 @@ from megazebra.checkpoint.manager import Checkpoints, Progress, has_checkpoint, 
 from megazebra.checkpoint.store import CheckpointError
 from megazebra.checkpoint.weights import ReadOnDemand, Weights, open_weights
 from megazebra.config import Config, save_config
+from megazebra.config.keys import flat
 from megazebra.config.schema import ParallelConfig
 from megazebra.config.stages import Stage, leaves
 from megazebra.context.choice import resolve_specs, sequence_multiple, strategy_table
@@ -327,10 +328,10 @@ def _initial_weights(config: Config) -> Weights | None:
 def _origin(config: Config, weights: Weights) -> Iterator[str]:
     """Where the weights come from, and in what the model they were made for differs from this one."""
     yield f"weights  {weights.folder}"
-    theirs, ours = (model.model_dump(mode="json") for model in (weights.model, config.model))
+    theirs, ours = (flat(model.model_dump(mode="json")) for model in (weights.model, config.model))
     for key in ours:
-        if theirs[key] != ours[key]:
-            yield f"  model.{key} was {theirs[key]}, is {ours[key]} now"
+        if theirs.get(key) != ours[key]:
+            yield f"  model.{key} was {theirs.get(key)}, is {ours[key]} now"
 
 
 def _introduction(
