@@ -1,6 +1,7 @@
 # make demo   set up, then train a small model on real text with two processes (minutes on a laptop)
 # make test   set up, then run the tests
 # make check  lint, types and the tests: before every commit
+# make test-faults  runs that are broken on purpose; make soak  one that is killed again and again (minutes each)
 
 PYTHON ?= python3
 # `cpu` pins a CPU build of torch; on a GPU machine: make EXTRAS= demo (an empty value takes the newest torch).
@@ -15,7 +16,7 @@ development := .[$(if $(EXTRAS),$(EXTRAS)$(comma))dev]
 
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check
+.PHONY: demo test check test-faults soak test-slurm test-multinode
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +31,23 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m faults tests/faults
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/faults/soak.py
+
+# Where the packages cannot be installed, the tests say so and are skipped.
+install = which $(1) > /dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(2)) || true
+
+test-slurm: $(VENV)/.installed-dev
+	$(call install,munged slurmctld slurmd sbatch,munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins)
+	$(BIN)/python -m pytest -m slow -rs tests/slurm
+
+test-multinode: $(VENV)/.installed-dev
+	$(call install,ip ssh sshd pdsh,iproute2 openssh-client openssh-server pdsh)
+	$(BIN)/python -m pytest -m slow -rs tests/end_to_end/test_multinode.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || (echo "no venv module: on Debian, apt-get install python3-venv" && false)

@@ -54,6 +54,9 @@ def rope(*options: str, kind: str = "rope_global") -> list[str]:
         ["parallel.context=3", "data.seq_len=1000"],
         ["parallel.context=8", "parallel.context_local=halo", "parallel.context_global=ulysses", "parallel.tensor=4"],
         ["train.micro_batch_size=4", "train.global_batch_size=12"],
+        ["train.hang_timeout_s=30", "parallel.timeout_s=60"],
+        ["train.hang_timeout_s=0", "parallel.timeout_s=60"],
+        ["parallel.timeout_s=60"],
         ["schedule.warmup_steps=10", "train.steps=10"],
         ["schedule.kind=wsd", "schedule.warmup_steps=4", "schedule.decay_steps=6", "train.steps=10"],
         ["schedule.kind=constant"],
@@ -166,6 +169,13 @@ def test_accepted(overrides: list[str]) -> None:
         (
             ["train.micro_batch_size=3"],
             ["default: train.global_batch_size=8: must be divisible by train.micro_batch_size=3 (next: 9)"],
+        ),
+        (
+            ["train.hang_timeout_s=60", "parallel.timeout_s=60"],
+            [
+                "train.hang_timeout_s=60: train.hang_timeout_s=60.0: must be less than parallel.timeout_s=60, or "
+                "collectives give up before; lower it, or raise parallel.timeout_s"
+            ],
         ),
         (["schedule.warmup_steps=1001"], ["schedule.warmup_steps=1001: exceeds train.steps=1000"]),
         (
