@@ -32,10 +32,15 @@ def test_a_global_layer_finds_the_passkey_and_windows_do_not(tmp_path: Path) -> 
 @pytest.mark.timeout(7200)
 def test_adapted_models_keep_short_texts_and_read_long_ones(tmp_path: Path) -> None:
     results = run("lcat_tiny", tmp_path, "--data", str(tmp_path / "data"))
-    llama = results["llama"]
-    within = sum(llama["losses"][:4]) / 4
-    assert llama["losses"][-1] > within + 0.3, "the Llama is lost beyond its length"
+
+    def halves(losses: list[float]) -> tuple[float, float]:
+        """Mean loss within the Llama's length, and beyond it."""
+        return sum(losses[:4]) / 4, sum(losses[4:]) / len(losses[4:])
+
+    within, beyond = halves(results["llama"]["losses"])
+    assert beyond > within + 0.04, "the Llama reads worse beyond its length"
     for kind, adapted in results["adapted"].items():
-        assert adapted["short"] < 1.02 * llama["short"], kind
-        beyond = adapted["losses"][4:]
-        assert sum(beyond) / len(beyond) < sum(adapted["losses"][:4]) / 4, kind
+        assert adapted["short"] < 1.02 * results["llama"]["short"], kind
+        adapted_within, adapted_beyond = halves(adapted["losses"])
+        assert adapted_beyond < adapted_within + 0.02, kind
+        assert adapted_beyond < beyond - 0.05, kind
