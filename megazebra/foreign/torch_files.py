@@ -26,6 +26,7 @@ _INERT = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
+    "builtins.getattr",  # Python 3.11.2 pickles members of an Enum by it; a stand-in here too, which looks nothing up
     # Megatron: options and what they hold, random states, Transformer Engine's extra state
     "_io.BytesIO",
     "argparse.Namespace",
