@@ -109,7 +109,7 @@ def test_of_a_damaged_checkpoint_nothing_is_merged(sharded: Path, tmp_path: Path
 ROWS, COLUMNS, WEIGHTS = 4096, 2048, 8
 LARGEST = 4 * ROWS * COLUMNS  # bytes: 32 MiB of 256
 MEASURED = """
-import sys, merge_checkpoint, torch, megazebra.checkpoint.merge
+import sys, merge_checkpoint, torch, megazebra.checkpoint.merge, megazebra.hf.run_tokenizer
 def peak():
     return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
