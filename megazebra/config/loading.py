@@ -62,10 +62,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     problems += _overruled(outside, by_stage)
     trees: dict[str, dict[str, Any]] = {}
     for name, own in by_stage.items():
-        refused = [problem for setting in own if (problem := _refusal(setting))]
-        own = [setting for setting in own if not _refusal(setting)]
+        refusals = [_refusal(setting) for setting in own]
+        own = [setting for setting, refusal in zip(own, refusals, strict=True) if refusal is None]
         stage = _Resolved([*outside, *own])
-        found = [*refused, *stage.problems, *(stage.cross_problems() if file_is_readable else [])]
+        found = [*filter(None, refusals), *stage.problems, *(stage.cross_problems() if file_is_readable else [])]
         problems += [f"stage {name}: {problem}" for problem in found if problem not in run.problems]
         trees[name] = _nested(stage.accepted[key] for key in _field_keys(own) if key in stage.accepted)
     if problems:
