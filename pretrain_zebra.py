@@ -11,11 +11,18 @@ import sys
 
 from megazebra.config import ConfigError, check_world, load_config, parse_command_line
 from megazebra.config.stages import stages_of
-from megazebra.launch import REQUEUE_EXIT_CODE, complete_environment, readable_errors, world_size
+from megazebra.launch import (
+    REQUEUE_EXIT_CODE,
+    complete_environment,
+    end_when_asked_to_stop,
+    readable_errors,
+    world_size,
+)
 from megazebra.train.deepspeed_config import build_deepspeed_config
 
 
 def main() -> None:
+    end_when_asked_to_stop()
     complete_environment()
     # Mistakes in the configuration show before torch is imported, which takes seconds.
     command = parse_command_line(sys.argv[1:])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ USER_ERROR_EXIT_CODE = 2
 REQUEUE_EXIT_CODE = 85  # it was asked to stop, has saved and can go on: scripts requeue on it
 HANG_EXIT_CODE = 86  # the watchdog has ended it
 INTERRUPTED_EXIT_CODE = 130
+
+# Slurm sends SIGTERM before it preempts a job, and with `#SBATCH --signal=USR1@300` SIGUSR1 before its time is over.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # Long enough for rank 0 to speak and for the launcher, which polls every second, to end the others.
 _RANK_ZERO_SPEAKS_FIRST_S = 4.0
@@ -83,6 +88,37 @@ def _first_slurm_host(nodelist: str) -> str:
 def _set_missing(**variables: str) -> None:
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+def end_when_asked_to_stop() -> None:
+    """Let STOP_SIGNALS end the process at once with REQUEUE_EXIT_CODE: before training, nothing is there to be saved.
+
+    Call it first; it holds until `stop_is_handled_elsewhere`. A thread does it, since the main one may be
+    waiting in C++ for ranks that are still importing torch, where no handler of Python's is run.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: None)  # only signals with a handler reach the pipe
+
+    def wait() -> None:
+        while (number := int.from_bytes(os.read(reads, 1), "big")) not in STOP_SIGNALS:
+            if number == 0:  # the other end is closed
+                return
+        if rank() == 0:
+            message = f"{signal.Signals(number).name} received before training has begun: nothing is there to be saved"
+            print(message, file=sys.stderr, flush=True)
+        os._exit(REQUEUE_EXIT_CODE)
+
+    threading.Thread(target=wait, name="stop_signals", daemon=True).start()
+
+
+def stop_is_handled_elsewhere() -> None:
+    """End what `end_when_asked_to_stop` began, once other handlers are set."""
+    writes = signal.set_wakeup_fd(-1)
+    if writes != -1:
+        os.close(writes)
 
 
 @contextmanager

@@ -8,54 +8,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from support.command_line import arguments, environment, finish, launch, losses
+from support.nodes import INTERFACE, NODES, joined_nodes
 
-PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
+PROGRAMS = ("sshd", "ssh", "ssh-keygen", "pdsh")
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: `make test-multinode` installs them on Debian"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can make network namespaces"),
 ]
 
-NODES = {"megazebra1": "10.213.0.1", "megazebra2": "10.213.0.2"}
 BIN = Path(sys.executable).parent
-# Gloo would take the address of the machine's name, which is the loopback interface's of each namespace.
-WHERE = {"GLOO_SOCKET_IFNAME": "cable"}
 OPTIONS = ["--train.micro_batch_size=1", "--parallel.tensor=2"]
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[None]:
-    with ExitStack() as stack:
-        for name in NODES:
-            added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-            if added.returncode != 0:
-                pytest.skip(f"no network namespaces here: {added.stderr}")
-            stack.callback(ip, "netns", "delete", name)
-        one, two = NODES
-        ip("-n", one, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", two)
-        for name, address in NODES.items():
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
-            ip("-n", name, "link", "set", "lo", "up")
+    with joined_nodes():
         yield
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
 
 
 def on(node: str, *command: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["ip", "netns", "exec", node, *command],
-        env=environment(**WHERE, **variables),
+        env=environment(**INTERFACE, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,7 +103,7 @@ def ssh(nodes: None, tmp_path: Path) -> Iterator[Path]:
 def test_deepspeed_over_ssh(nodes: None, ssh: Path, single_node: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=2\n" for address in NODES.values()))
     # What ranks on other nodes need of the environment; DeepSpeed looks for the file in the working directory too.
-    variables = {**WHERE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    variables = {**INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     (tmp_path / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     run_dir, (node, address) = tmp_path / "run", next(iter(NODES.items()))
     process = on(

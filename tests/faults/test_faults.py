@@ -21,6 +21,7 @@ import pytest
 from support import faults
 from support.command_line import SETTINGS, losses, train_rows
 from support.faults import When, fault_time
+from support.nodes import joined_nodes
 from support.ranks import PRETRAIN, Ranks
 
 from megazebra.launch import HANG_EXIT_CODE, REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
@@ -137,6 +138,17 @@ def test_the_network_breaks(run: Run, undisturbed: list[tuple[int, float]]) -> N
     assert last_step_saved(run)
     run.resume()
     assert losses(run.dir) == undisturbed
+
+
+def test_packets_are_lost(run: Run) -> None:
+    """TCP would send again for a quarter of an hour: no error ends this run, on either node."""
+    with joined_nodes():
+        hang = f"--train.hang_timeout_s={HANG_S}"
+        outcome = run.broken(hang, fault=partial(faults.unplug, run.when(1)))
+    assert outcome.codes == [HANG_EXIT_CODE, HANG_EXIT_CODE]
+    sentence = outcome.sentence("ranks 0-1 are in all_reduce")
+    run.note("the cable between two nodes is pulled", f"the watchdog ends both after {HANG_S} s", outcome, sentence)
+    assert last_step_saved(run)
 
 
 def test_a_rank_is_stopped(run: Run) -> None:
@@ -316,6 +328,21 @@ def test_the_newest_checkpoint_is_damaged(run: Run, undisturbed: list[tuple[int,
              outcome, outcome.sentence("went back to"), ends=False)  # fmt: skip
     assert f"resumed  after step {SAVED - INTERVAL}" in running.output
     assert losses(run.dir) == undisturbed
+
+
+def test_a_run_is_asked_to_stop_while_it_waits_for_a_rank(run: Run) -> None:
+    """At the start, in C++, where Python runs no handlers."""
+    running = run.start(fault=partial(faults.never_start, 1))
+    while not running.listens:
+        time.sleep(0.1)
+    asked, (first, second) = time.time(), running.processes
+    first.terminate()
+    first.join(60)
+    second.kill()
+    assert first.exitcode == REQUEUE_EXIT_CODE, running.output
+    assert "SIGTERM received before training has begun" in running.output
+    run.record("SIGTERM while rank 0 waits for rank 1 to connect", "it ends at once with 85",
+               f"exit code {first.exitcode}", 0, time.time() - asked)  # fmt: skip
 
 
 def test_a_rank_is_asked_to_stop(run: Run, undisturbed: list[tuple[int, float]]) -> None:

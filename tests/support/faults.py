@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from support.nodes import CABLE, ip, move_to_own_node
+
 
 @dataclass(frozen=True)
 class When:
@@ -63,6 +65,11 @@ def kill_launcher(when: When) -> None:
 
 def terminate(when: When) -> None:
     _before_step(when, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def never_start(rank: int) -> None:
+    if _rank() == rank:
+        _wait_forever()
 
 
 def wait_forever(when: When) -> None:
@@ -122,6 +129,12 @@ def scale_loss(when: When, factor: float) -> None:
 def cut_network(when: When) -> None:
     """Every connection of the rank breaks."""
     _before_step(when, _shut_connections)
+
+
+def unplug(when: When) -> None:
+    """The cable between the two nodes of support/nodes.py: nothing arrives any more, and nobody is told."""
+    move_to_own_node()
+    _before_step(when, lambda: ip("link", "set", CABLE, "down"))
 
 
 def fill_disk_of_metrics(when: When) -> None:

@@ -25,9 +25,11 @@ class Ranks:
         self, arguments: Sequence[str], log: Path, *, ranks: int = 2, faults: Sequence[Callable[[], None]] = ()
     ) -> None:
         self.log = log
-        port = free_port()
+        self.port = free_port()
         self.processes = [
-            forkserver.Process(target=run_rank, args=(rank, ranks, port, list(arguments), log, faults), daemon=True)
+            forkserver.Process(
+                target=run_rank, args=(rank, ranks, self.port, list(arguments), log, faults), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in self.processes:
@@ -46,6 +48,12 @@ class Ranks:
             codes.append(process.exitcode)
         self.kill()
         return codes
+
+    @property
+    def listens(self) -> bool:
+        """Whether rank 0 waits for the others to connect."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self) -> None:
         for process in self.processes:

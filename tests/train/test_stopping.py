@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from support.command_line import ROOT, arguments, environment, train_rows
+from support.command_line import ROOT, arguments, environment, run_alone, train_rows
 from support.distributed import run_distributed
 from support.training import tiny_config
 
@@ -23,6 +24,7 @@ from megazebra.train.stopping import StopRequest
 
 def ask_one_rank() -> list[signal.Signals | None]:
     world, request = ParallelMesh.build(tiny_config().parallel).world, StopRequest()
+    request.listen()
     answers = [request.anywhere(world, torch.device("cpu"))]
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -31,6 +33,29 @@ def ask_one_rank() -> list[signal.Signals | None]:
 
 def test_all_ranks_hear_of_a_signal_to_one() -> None:
     assert run_distributed(ask_one_rank, 2) == [[None, signal.SIGUSR1]] * 2
+
+
+ASKED_WHILE_IMPORTING = """
+import os, runpy, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.{signal})
+
+sys.meta_path.insert(0, Finder)
+sys.argv = {arguments}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_training_requeues_at_once(tmp_path: Path, name: str) -> None:
+    code = ASKED_WHILE_IMPORTING.format(signal=name, arguments=arguments(tmp_path, tmp_path / "run"))
+    ended = run_alone("-c", code)
+    assert ended.returncode == REQUEUE_EXIT_CODE, ended.stderr
+    assert f"{name} received before training has begun" in ended.stderr
 
 
 def test_a_stopped_run_is_saved_and_can_be_requeued(tmp_path: Path) -> None:
