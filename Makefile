@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make check  lint, types and the tests: before every commit
 # make test-faults  runs that are broken on purpose; make soak  one that is killed again and again (minutes each)
+# make fuzz   ten minutes of files that have been made wrong
 
 PYTHON ?= python3
 # `cpu` pins a CPU build of torch; on a GPU machine: make EXTRAS= demo (an empty value takes the newest torch).
@@ -16,7 +17,7 @@ development := .[$(if $(EXTRAS),$(EXTRAS)$(comma))dev]
 
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check test-faults soak test-slurm test-multinode
+.PHONY: demo test check test-faults soak fuzz test-slurm test-multinode
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -37,6 +38,9 @@ test-faults: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/faults/soak.py
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz/fuzz_inputs.py --seconds 600
 
 # Where the packages cannot be installed, the tests say so and are skipped.
 install = which $(1) > /dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(2)) || true
