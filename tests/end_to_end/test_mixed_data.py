@@ -77,6 +77,7 @@ def test_a_mixture_trains_and_reports_every_source(corpus: Path, chats: Path, tm
     assert [row["step"] for row in train_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_megatrons_order_trains(corpus: Path, tmp_path: Path) -> None:
     result = run_alone(*arguments(corpus, tmp_path, "--data.index_compat=megatron", "--train.steps=2"))
     assert result.returncode == 0, result.stderr

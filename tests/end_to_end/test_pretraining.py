@@ -85,6 +85,7 @@ def test_the_resolved_configuration_reloads_to_itself(finished_run: tuple[Path, 
     assert index["config"] == config.model_dump(mode="json")
 
 
+@pytest.mark.slow
 def test_killing_a_rank_ends_the_run_at_once_and_resuming_loses_nothing(
     corpus: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_peak_memory_is_that_of_the_step() -> None:
     assert peak_of_training("ours", longer) > 4 * 3 * 4096 * 128 * 8 // 3 * 4
 
 
+@pytest.mark.slow
 def test_the_program_in_bf16(tmp_path: Path) -> None:
     target = tmp_path / "numbers.json"
     sizes = ["--seq-len=96", "--layers=4", "--hidden=32", "--heads=2", "--window=16", "--vocab=97", "--rounds=1"]

