@@ -38,9 +38,9 @@ def test_adapted_models_keep_short_texts_and_read_long_ones(tmp_path: Path) -> N
         return sum(losses[:4]) / 4, sum(losses[4:]) / len(losses[4:])
 
     within, beyond = halves(results["llama"]["losses"])
-    assert beyond > within + 0.04, "the Llama reads worse beyond its length"
+    assert beyond > within + 0.5, "the Llama falls apart beyond its length"
     for kind, adapted in results["adapted"].items():
         assert adapted["short"] < 1.02 * results["llama"]["short"], kind
         adapted_within, adapted_beyond = halves(adapted["losses"])
-        assert adapted_beyond < adapted_within + 0.02, kind
-        assert adapted_beyond < beyond - 0.05, kind
+        assert adapted_beyond < adapted_within, kind
+        assert adapted_beyond < beyond - 0.5, kind
