@@ -33,7 +33,7 @@ def is_file_name(name: object) -> bool:
 
 @contextlib.contextmanager
 def errors_name(path: str | Path) -> Iterator[None]:
-    """Writing inside raises OSErrors that name the file: a full disk does not say which one."""
+    """Reading and writing inside raise OSErrors that name the file: a full or broken disk does not say which one."""
     try:
         yield
     except OSError as error:
@@ -57,7 +57,7 @@ def write_synced(path: str | Path, content: bytes) -> None:
 def file_crc32(path: str | Path) -> int:
     """CRC-32 of a whole file, read in pieces."""
     crc = 0
-    with open(path, "rb") as file:
+    with errors_name(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)
     return crc

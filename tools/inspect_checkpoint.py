@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from byte_bar import byte_bar
 from tqdm import tqdm
 
+from megazebra.errors import UserError
 from megazebra.launch import readable_errors
 
 if TYPE_CHECKING:
@@ -31,9 +32,14 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
 
+    from megazebra.checkpoint.reader import TrainingCheckpoint
     from megazebra.checkpoint.weights import open_weights  # torch takes seconds
 
     weights = open_weights(options.path)
+    if options.with_optimizer and not isinstance(weights, TrainingCheckpoint):
+        raise UserError(
+            f"--with-optimizer: {options.path} is a model folder, without an optimizer's state; leave it out"
+        )
     if options.diff:
         return print_differences(weights, open_weights(options.diff))
     print("\n".join(facts(weights)))
@@ -52,6 +58,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.diff and (options.with_optimizer or options.dry_run):
         parser.error("--diff reads all weights, and only weights: leave out --with-optimizer and --dry-run")
+    if options.dry_run and options.with_optimizer:
+        parser.error("--dry-run reads no weights, so there are no norms: leave out --with-optimizer")
     return options
 
 

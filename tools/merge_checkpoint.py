@@ -4,7 +4,7 @@ python tools/merge_checkpoint.py runs/zebra models/zebra                     wei
 python tools/merge_checkpoint.py runs/zebra/checkpoints/step_00000200 models/zebra --dtype float32
 python tools/merge_checkpoint.py runs/zebra models/zebra --with-optimizer    also models/zebra-master, -exp_avg, ...
 
-Needs the memory of the largest weight, whatever the model's size. All folders appear complete or not at all. The
+Needs the memory of the largest weight, whatever the model's size. Each folder appears complete or not at all. The
 tokenizer of the run's corpus comes along where it is still there. What is written can be trained on
 (--checkpoint.init_from) and exported (tools/convert_hf.py export).
 """

@@ -108,7 +108,8 @@ def read_into_model_folder(sharded: ShardedModel, options: argparse.Namespace) -
 def _refuse(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises UserError for options that this kind of input does not read."""
     for name in names:
-        if getattr(options, name):
+        value = getattr(options, name)
+        if value is not None and value is not False and value != []:  # 0 is a value
             option = options.overrides[0] if name == "overrides" else f"--{name.replace('_', '-')}"
             kind = "a training checkpoint of ours" if names is _FOR_OTHERS else "a folder of another trainer's"
             raise UserError(f"{option} is not read: {options.input} is {kind}; leave it out")

@@ -111,7 +111,7 @@ class Checkpoints:
         One with which the stage before was completed is where this stage begins. Raises CheckpointError when it is
         damaged (unless checkpoint.on_damage allows an older one), or of another configuration or corpus.
         """
-        folder = self.store.latest()
+        folder, went_back = self.store.latest(), False
         while folder is not None:
             try:
                 index = self.store.load(folder, self._load)
@@ -120,9 +120,14 @@ class Checkpoints:
                 if self.config.checkpoint.on_damage == "stop" or older is None:
                     raise
                 self.notes.append(f"went back to {older.name}: {damage}")
-                self.store.point_to(older)  # it may be another stage's, which another session goes on with
-                folder = older
+                folder, went_back = older, True
                 continue
+            except CheckpointError:
+                if went_back and _stage_of(read_index(folder))["number"] != self.stage.number:
+                    self.store.point_to(folder)  # another session, that stage's, goes on with it
+                raise
+            if went_back:
+                self.store.point_to(folder)
             refresh_weights(self.engine)
             progress = Progress(**index["progress"])
             if _stage_of(index)["number"] != self.stage.number:
@@ -146,12 +151,24 @@ class Checkpoints:
         """That the checkpoint is the end of the stage before this one."""
         there, step = _stage_of(index), index["progress"]["step"]
         if there["number"] != self.stage.number - 1 or step != self.stage.first_step:
+            where = f"in stage {there['name']}" if there["name"] else "of a run without stages"
             raise CheckpointError(
-                f"{folder} is at step {step}, in stage {there['name']}: {self.stage.describe()} begins after step "
-                f"{self.stage.first_step}. Start the same command again to go on from there"
+                f"{folder} is at step {step}, {where}: {self.stage.describe()} begins after step "
+                f"{self.stage.first_step}. {self._mend(there, step)}"
             )
         if differences := list(self._other_weights(index)):
             raise CheckpointError(f"{folder} can't begin {self.stage.describe()}: {'; '.join(differences)}")
+
+    def _mend(self, there: dict[str, Any], step: int) -> str:
+        """What to do about a checkpoint of another stage than the one whose end was looked for."""
+        if there["number"] >= self.stage.number:
+            return "Give the run the stages that it was written with, or choose another run.dir"
+        if step > self.stage.first_step:
+            return (
+                f"That stage has made {step - there['first_step']} steps already: set stages.{there['name']}"
+                ".train.steps to that or more"
+            )
+        return "Start the same command again to go on from there"
 
     def _check_fits(self, index: dict[str, Any]) -> None:
         written, now = flat(index["config"]), flat(self.config.model_dump(mode="json"))

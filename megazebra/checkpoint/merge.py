@@ -65,8 +65,8 @@ class Merge:
     def write(self, max_file_bytes: int, on_written: Callable[[int], None] = lambda _: None) -> None:
         """Write the folders, one tensor in memory at a time; calls `on_written` with the bytes of each.
 
-        All folders appear at the end, or none when it fails. Raises CheckpointError when the checkpoint is damaged or a
-        folder exists, OSError when one cannot be written.
+        The folders appear at the end, each of them whole, and none when a tensor can't be read. Raises CheckpointError
+        when the checkpoint is damaged or a folder exists, OSError when one cannot be written.
         """
         with ExitStack() as open_folders:
             writers = {

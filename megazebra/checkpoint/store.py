@@ -285,7 +285,11 @@ def verify_file(folder: Path, name: str, index: dict[str, Any]) -> Path:
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise DamagedCheckpointError(f"{path} has {size} bytes, {entry['bytes']} were written; {GO_BACK}")
-    if file_crc32(path) != entry["crc32"]:
+    try:
+        crc = file_crc32(path)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({error.strerror}); {GO_BACK}") from error
+    if crc != entry["crc32"]:
         raise DamagedCheckpointError(f"{path} is damaged (its CRC-32 differs); {GO_BACK}")
     return path
 

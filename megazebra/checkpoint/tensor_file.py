@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megazebra.checkpoint.regions import Span, copy_overlap
+from megazebra.durable import errors_name
 
 BLOCK_ELEMENTS = 1 << 22  # of which one is in memory at a time
 
@@ -46,7 +47,7 @@ class StoredTensor:
         """
         assert 0 <= start <= start + count <= prod(self.shape)
         values = torch.empty(count, dtype=self.dtype)
-        with self.file.open("rb") as file:
+        with errors_name(self.file), self.file.open("rb") as file:
             file.seek(self.position + start * self.dtype.itemsize)
             read = file.readinto(values.view(torch.uint8).numpy().data)
         if read != values.nbytes:
@@ -83,6 +84,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         for key, entry in json.loads(header).items():
             if key == "__metadata__":
                 continue
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{key} has dtype {entry['dtype']}, which is not read; take unquantized weights")
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
             if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
                 raise ValueError(f"{key} has a shape or bytes that are no counts")

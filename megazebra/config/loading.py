@@ -146,7 +146,10 @@ def _by_stage(settings: Iterable[Setting]) -> tuple[list[Setting], dict[str, lis
             name, key = split
             by_stage.setdefault(name, []).append(replace(setting, key=key))
         elif setting.key.startswith("stages.") and setting.value in (None, {}):  # a stage that sets nothing
-            by_stage.setdefault(setting.key.removeprefix("stages."), [])
+            if setting.source.startswith("command line"):
+                outside.append(replace(setting, problem="a stage can't be removed here; take it out of the file"))
+            else:
+                by_stage.setdefault(setting.key.removeprefix("stages."), [])
         else:
             outside.append(setting)
     return outside, by_stage
@@ -155,7 +158,11 @@ def _by_stage(settings: Iterable[Setting]) -> tuple[list[Setting], dict[str, lis
 def _overruled(outside: Iterable[Setting], by_stage: dict[str, list[Setting]]) -> Iterator[str]:
     """What somebody asks for on the command line and no stage would do."""
     for setting in outside:
-        overruled = [name for name, own in by_stage.items() if setting.key in {stage.key for stage in own}]
+        overruled = [
+            name
+            for name, own in by_stage.items()
+            if any(setting.key == stage.key or setting.key.startswith(f"{stage.key}.") for stage in own)
+        ]
         if setting.source.startswith("command line") and by_stage and len(overruled) == len(by_stage):
             every = " and ".join(f"--stages.{name}.{setting.key}" for name in overruled)
             yield _problem(setting.source, setting.key, setting.value, f"every stage sets it anew; set {every}")

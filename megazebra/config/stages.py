@@ -112,12 +112,22 @@ def problems_between(config: Config) -> Iterator[str]:
                 f"stage {stage.name}: optimizer.name={stage.config.optimizer.name}: follows "
                 f"{before.config.optimizer.name}, whose moments it cannot take; set optimizer.state=reset in this stage"
             )
+        if _layers_with_sinks(before.config) != _layers_with_sinks(stage.config):
+            yield (
+                f"stage {stage.name}: model.pattern gives other layers attention sinks than stage {before.name} has, "
+                f"under model.attention_sinks={config.model.attention_sinks}; keep these layers, or set "
+                "model.attention_sinks to all or none"
+            )
     window, steps = config.profile.window, stages[-1].last_step
     if window is not None and window[1] > steps:
         yield f"profile.steps={config.profile.steps}: the run has only {steps} steps; choose a window within them"
     for name in config.stages:
         if not _NAME.fullmatch(name):
             yield f"stages: has the name {name!r}; take letters, digits, '_' and '-'"
+
+
+def _layers_with_sinks(config: Config) -> list[bool]:
+    return [spec.sinks for spec in config.model.attention_specs()]
 
 
 def _stage_config(config: Config, number: int, own: Mapping[str, Any]) -> Config:

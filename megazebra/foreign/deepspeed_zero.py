@@ -35,7 +35,7 @@ def find_zero_folder(path: Path) -> Path | None:
     Raises CheckpointError when it has, without ZeRO.
     """
     latest = path / "latest"
-    folder = path / latest.read_text().strip() if latest.is_file() else path
+    folder = path / latest.read_text(errors="replace").strip() if latest.is_file() else path
     if not folder.is_dir() or not any(folder.glob("*_model_states.pt")):
         return None
     if not any(folder.glob("*_optim_states.pt")):

@@ -34,7 +34,7 @@ def find_megatron_folder(path: Path) -> Path | None:
     """
     folder = path
     if (path / _POINTER).is_file():
-        newest = (path / _POINTER).read_text().strip()
+        newest = (path / _POINTER).read_text(errors="replace").strip()
         folder = path / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not there, which {path / _POINTER} names; give another folder")

@@ -9,10 +9,11 @@ from megazebra.checkpoint.store import CheckpointError
 from megazebra.foreign.torch_files import Inert
 
 # Options whose value decides what the model computes: what we have, and how Megatron's option is called. An older
-# Megatron does not know all of them; one that is not there has no other value.
+# Megatron does not know all of them; one that is not there has no other value. Megatron-DeepSpeed spells some otherwise
+# (deepspeedai/Megatron-DeepSpeed, megatron/arguments.py): rmsnorm, num_experts [1], rope_theta, num_key_value_heads.
 _ONLY: dict[str, tuple[Callable[[Any], bool], str]] = {
     "swiglu": (lambda value: value is True, "only SwiGLU feed-forward layers (--swiglu)"),
-    "normalization": (lambda value: value == "RMSNorm", "only RMSNorm (--normalization RMSNorm)"),
+    "normalization": (lambda value: str(value).lower() == "rmsnorm", "only RMSNorm (--normalization RMSNorm)"),
     "position_embedding_type": (
         lambda value: value == "rope",
         "only rotary embeddings (--position-embedding-type rope)",
@@ -26,7 +27,7 @@ _ONLY: dict[str, tuple[Callable[[Any], bool], str]] = {
     "apply_layernorm_1p": (lambda value: not value, "norms multiply by their weight (no --apply-layernorm-1p)"),
     "apply_residual_connection_post_layernorm": (lambda value: not value, "residuals pass the norms by"),
     "add_qkv_bias": (lambda value: not value, "biases on all projections of attention or on none"),
-    "num_experts": (lambda value: not value, "no experts"),
+    "num_experts": (lambda value: not value or value == [1], "no experts"),
     "multi_latent_attention": (lambda value: not value, "no latent attention"),
     "qk_l2_norm": (lambda value: not value, "RMSNorm with weights on queries and keys (--qk-layernorm)"),
     "attention_output_gate": (lambda value: not value, "no gate on attention's output"),
@@ -54,21 +55,26 @@ def saved_options(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     return namespace.state
 
 
-def model_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What the options say of the configuration's model section.
-
-    Raises CheckpointError, naming option and value, for what we cannot represent and for what is not there.
-    """
+def refuse_unsupported(options: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError, naming option and value, where the model computes what ours can't, whatever its shape."""
     problems = [
         f"{name}={options[name]!r}: {ours}"
         for name, (fits, ours) in _ONLY.items()
         if name in options and not fits(options[name])
     ]
-    problems += [f"{name} is missing" for name in _REQUIRED if not options.get(name)]
     if problems:
         raise CheckpointError(f"{where} was trained with options that we cannot represent: {'; '.join(problems)}")
+
+
+def model_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the options say of the configuration's model section.
+
+    Raises CheckpointError for what is not there.
+    """
+    if missing := [f"{name} is missing" for name in _REQUIRED if not options.get(name)]:
+        raise CheckpointError(f"the options saved in {where} do not say what the model is: {'; '.join(missing)}")
     settings = {name: options[name] for name in _REQUIRED} | {
-        "num_kv_heads": options.get("num_query_groups") if options.get("group_query_attention") else None,
+        "num_kv_heads": _kv_heads(options),
         "head_dim": options.get("kv_channels"),
         "pattern": "G",
         "tie_word_embeddings": not options.get("untie_embeddings_and_output_weights", False),
@@ -84,8 +90,14 @@ def model_settings(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     return settings
 
 
+def _kv_heads(options: Mapping[str, Any]) -> int | None:
+    if "num_key_value_heads" in options:
+        return options["num_key_value_heads"]
+    return options.get("num_query_groups") if options.get("group_query_attention") else None
+
+
 def _rope(options: Mapping[str, Any]) -> dict[str, Any]:
-    rope: dict[str, Any] = {"theta": float(options.get("rotary_base", 10000))}
+    rope: dict[str, Any] = {"theta": float(options.get("rotary_base", options.get("rope_theta", 10000)))}
     interpolation = options.get("rotary_seq_len_interpolation_factor")
     if options.get("use_rope_scaling"):  # Llama 3's; all but the factor are constants in Megatron
         rope |= {

@@ -13,7 +13,7 @@ from megazebra.foreign.deepspeed_zero import find_zero_folder, read_zero_folder
 from megazebra.foreign.llama_names import EMBEDDING, llama_parts
 from megazebra.foreign.megatron_files import find_megatron_folder, read_megatron_folder
 from megazebra.foreign.megatron_names import are_megatrons, megatron_parts, with_one_spelling
-from megazebra.foreign.megatron_options import model_settings
+from megazebra.foreign.megatron_options import model_settings, refuse_unsupported
 from megazebra.foreign.shards import ForeignWeights, ShardedModel, shortened
 from megazebra.hf.config_reading import model_config, read_fields
 
@@ -27,7 +27,7 @@ def read_foreign(path: Path) -> ShardedModel | None:
         if (folder := find(path)) is not None:
             try:
                 return read(folder)
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
                 raise CheckpointError(
                     f"{folder} is laid out as no version of its trainer that we know: {error!r}"
                 ) from error
@@ -41,6 +41,7 @@ def model_of(sharded: ShardedModel, source: Path | None, overrides: Sequence[str
     saved. overrides: `model.key=value` on top.
     Raises UserError for what cannot be read or represented, or when nothing says what the model is.
     """
+    refuse_unsupported(sharded.options, sharded.description)
     own = ["data.seq_len=1"]  # no more than the model is asked about
     if source is not None and source.is_file():
         return load_config(source, [*own, *overrides]).model

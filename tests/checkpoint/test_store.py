@@ -8,12 +8,20 @@ import threading
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from support.distributed import run_distributed
 
-from megazebra.checkpoint.store import CheckpointError, CheckpointStore, read_index, verify_file
+from megazebra.checkpoint.store import (
+    CheckpointError,
+    CheckpointStore,
+    DamagedCheckpointError,
+    read_index,
+    verify_file,
+)
 from megazebra.config.schema import ParallelConfig
+from megazebra.durable import file_crc32
 from megazebra.parallel.mesh import ParallelMesh
 
 
@@ -106,6 +114,21 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
         store.save(10, full_disk, {})
     assert names(tmp_path) == ["latest", "step_00000005"]
     assert store.latest() == tmp_path / "step_00000005"
+
+
+def test_a_file_that_the_disk_cannot_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_in(tmp_path)
+    save_many(store, [5])
+    name = next(iter(read_index(tmp_path / "step_00000005")["files"]))
+    unreadable = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr("zlib.crc32", Mock(side_effect=unreadable))
+    with pytest.raises(OSError, match="step_00000005") as raised:
+        file_crc32(tmp_path / "step_00000005" / name)
+    assert raised.value.filename is not None, "which the message to the user needs"
+    monkeypatch.setattr("megazebra.checkpoint.store.file_crc32", Mock(side_effect=unreadable))
+    index = {"files": {name: {"bytes": (tmp_path / "step_00000005" / name).stat().st_size, "crc32": 0}}}
+    with pytest.raises(DamagedCheckpointError, match=rf"{name} cannot be read \(Input/output error\)"):
+        verify_file(tmp_path / "step_00000005", name, index)
 
 
 def save_with_rank_1_failing(folder: str) -> str:

@@ -82,6 +82,8 @@ def test_the_command_line_reaches_into_a_stage(path: Path) -> None:
         ),
         ("stages.long.data.sqe_len=1", "stage long: .*unknown key 'data.sqe_len'; did you mean 'data.seq_len'?"),
         ("stages.long.train.steps=x", "stage long: .*must be a whole number >= 1"),
+        ("stages.long=null", "stages: a stage can't be removed here; take it out of the file"),
+        ("model.attention_sinks=local", "stage long: model.pattern gives other layers attention sinks"),
         ("stages.long=3", "must be a mapping of stages"),
         ("stages=3", "must be a mapping of stages"),
         ("stages.long.optimizer={name: sgd, state: carry}", "optimizer.name=sgd: follows adamw"),
@@ -99,6 +101,9 @@ def test_nothing_asked_for_on_the_command_line_is_lost(path: Path) -> None:
         ConfigError, match=r"every stage sets it anew; set --stages.short.data.seq_len and --stages.long"
     ):
         load_config(path, ["stages.short.data.seq_len=256", "data.seq_len=128"])
+    sources = "{path: null, sources: {long: {path: text, weight: 1}}}"
+    with pytest.raises(ConfigError, match=r"data.sources.long.weight=7: every stage sets it anew"):
+        load_config(path, [f"stages.short.data={sources}", "data.sources.long.weight=7"])
 
 
 def test_values_outside_need_not_fit_together(path: Path) -> None:

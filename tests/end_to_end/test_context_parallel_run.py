@@ -46,6 +46,7 @@ def test_every_step_counts_what_layers_received(run: tuple[Path, str]) -> None:
     assert sum(row["loss"] for row in rows[-4:]) / 4 < rows[0]["loss"] - 0.1
 
 
+@pytest.mark.slow
 def test_it_is_the_run_of_one_rank(run: tuple[Path, str], corpus: Path, tmp_path: Path) -> None:
     process = launch(29632, *arguments(corpus, tmp_path, "--data.seq_len=63", "--train.micro_batch_size=4"), ranks=1)
     output = finish(process)

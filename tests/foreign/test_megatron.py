@@ -66,6 +66,18 @@ def test_megatron_deepspeed_under_zero_has_both_layouts(llama: PreTrainedModel, 
         assert weights.tensor(name).equal(state[name]), name
 
 
+def test_megatron_deepspeeds_spelling(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """By megatron/arguments.py of deepspeedai/Megatron-DeepSpeed."""
+    removed = dict.fromkeys(("group_query_attention", "num_query_groups", "rotary_base"), ...)
+    args = options(llama.config, normalization="rmsnorm", num_experts=[1], rope_theta=500000.0,
+                   num_key_value_heads=llama.config.num_key_value_heads, **removed)  # fmt: skip
+    write_zero_1(tmp_path, rank_weights(llama.state_dict(), llama.config, LEGACY, 2), args, data=3)
+    weights = weights_of(tmp_path / "global_step12")
+    assert weights.model.rope_global.theta == 500000
+    for name in weights.names:
+        assert weights.tensor(name).equal(llama.state_dict()[name]), name
+
+
 def test_tied_embeddings_and_precision_stay(tmp_path: Path) -> None:
     llama = save_theirs(LlamaConfig(**SIZES, tie_word_embeddings=True), tmp_path / "llama").bfloat16()
     write_megatron(tmp_path, rank_weights(llama.state_dict(), llama.config, CORE, 2), options(llama.config))
@@ -109,6 +121,15 @@ def test_options_that_we_cannot_represent_are_named(llama: PreTrainedModel, case
     write_megatron(tmp_path, [{"embedding.word_embeddings.weight": torch.ones(2, 2)}], options(llama.config, **changes))
     with pytest.raises(UserError, match=message):
         model_of(opened(tmp_path), None, [])
+
+
+def test_what_the_options_refuse_no_other_description_allows(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Shapes are the same: only the options tell that neighbours rotate."""
+    llama.config.save_pretrained(tmp_path / "llama")
+    shards = rank_weights(llama.state_dict(), llama.config, CORE, 1)
+    write_megatron(tmp_path / "megatron", shards, options(llama.config, rotary_interleaved=True))
+    with pytest.raises(UserError, match=r"rotary_interleaved=True"):
+        model_of(opened(tmp_path / "megatron"), tmp_path / "llama", [])
 
 
 def test_layouts_that_we_do_not_know_are_named(llama: PreTrainedModel, tmp_path: Path) -> None:
