@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megazebra.errors import UserError
+from megazebra.errors import UserError, passes
 
 # How a run ends that is not complete, for whoever starts it again; anything else is a failure.
 USER_ERROR_EXIT_CODE = 2
@@ -125,10 +125,10 @@ def stop_is_handled_elsewhere() -> None:
 def readable_errors() -> Iterator[None]:
     """End the process with one message for errors a user can mend, with a traceback for the others.
 
-    A user's are UserError, the ValueErrors that our own code raises (configuration, data, layout), and files
-    that cannot be read or written. Rank 0 prints them; other ranks only if they are still alive after rank 0
-    had its time, since then the error is theirs alone. MEGAZEBRA_TRACEBACK=1 shows where a message came
-    from. The exit is immediate: waiting for collectives with a rank that is gone would hang.
+    A user's are UserError, the ValueErrors that our own code raises (configuration, data, layout), and files that
+    cannot be read or written, other than for a while (errors.passes). Rank 0 prints them; other ranks only if they are
+    still alive after rank 0 had its time, since then the error is theirs alone. MEGAZEBRA_TRACEBACK=1 shows where a
+    message came from. The exit is immediate: waiting for collectives with a rank that is gone would hang.
     """
     try:
         yield
@@ -159,7 +159,7 @@ def is_users(error: BaseException) -> bool:
         where = traceback.extract_tb(error.__traceback__)[-1]
         on_purpose = (where.line or "").startswith("raise ")  # compiled functions have no frame of their own
         return on_purpose and Path(where.filename).is_relative_to(Path(__file__).parent)
-    return isinstance(error, OSError) and error.filename is not None
+    return isinstance(error, OSError) and error.filename is not None and not passes(error)
 
 
 def _exit(code: int, message: str) -> None:

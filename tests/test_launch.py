@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def end(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_users_error_is_one_message() -> None:
     result = end("raise UserError('model.window=0: must be >= 1')")
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: model.window=0: must be >= 1\n")
+
+
+def test_a_file_server_that_does_not_answer_is_no_message_to_the_user() -> None:
+    assert launch.is_users(OSError(errno.EACCES, "Permission denied", "corpus.bin"))
+    assert not launch.is_users(OSError(errno.ETIMEDOUT, "Connection timed out", "corpus.bin"))
 
 
 def test_another_rank_says_who_it_is_after_rank_0_had_its_time() -> None:

@@ -14,16 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from megazebra.config import Config, load_config, save_config
 from megazebra.config.keys import flat
 from megazebra.errors import UserError
 from megazebra.launch import readable_errors
+from megazebra.supervise.processes import Job
 from megazebra.train.audit import FILE, Start, read_starts
 from megazebra.train.metrics import Row, read_metrics
 
@@ -55,7 +53,7 @@ FACTS = (
     "determinism",
     "environment",
 )
-NOT_COMPUTED = ("run", "logging", "validation", "profile", "parallel")
+NOT_COMPUTED = ("run", "logging", "validation", "evaluation", "profile", "parallel")
 HELD_OUT: dict[str, Any] = {"validation_path": None, "validation_sources": {}}
 
 
@@ -194,11 +192,12 @@ def quiet(config: Config, folder: Path) -> Config:
     tree = copy.deepcopy(config.model_dump())
     tree["run"]["dir"] = str(folder)
     tree["checkpoint"] |= {"interval": 0, "keep_every": 0, "resume": "never"}
-    tree |= {"logging": {"progress": "lines"}, "profile": {}}
+    tree |= {"logging": {"progress": "lines"}, "profile": {}, "evaluation": {}}
     tree["validation"]["interval"] = 0
     tree["data"] |= HELD_OUT
     for stage in tree["stages"].values():
         stage.pop("validation", None)
+        stage.pop("evaluation", None)
         if "data" in stage:
             stage["data"] = {key: value for key, value in stage["data"].items() if key not in HELD_OUT}
     return Config.model_validate(tree)
@@ -240,24 +239,14 @@ def run_again(original: Original, folder: Path, steps: int, launch: list[str], o
     there = Path(start.get("working_directory", "."))  # relative paths in the configuration begin there
     log = folder / "output.txt"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=there if there.is_dir() else None, env={**recorded, **os.environ}, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        job = Job(command, cwd=there if there.is_dir() else None, variables=recorded, output=output)
         try:
             while len(train_rows(folder)) < steps:
-                if process.poll() is not None and len(train_rows(folder)) < steps:
+                if job.exit_code() is not None and len(train_rows(folder)) < steps:
                     raise UserError(f"the rerun ended before step {steps}:\n{log.read_text(errors='replace')[-4000:]}")
                 time.sleep(0.1)
         finally:
-            end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """The launcher and its ranks: what has been asked for is in the metrics file."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            job.end(0)  # what has been asked for is in the metrics file
 
 
 def compare(then: list[Row], now: list[Row], steps: int) -> list[Step]:

@@ -3,12 +3,12 @@
     python tools/supervise.py --ranks 4 -- pretrain_zebra.py --config examples/zebra_7b.yaml
     python tools/supervise.py --ranks 8 --min-ranks 4 --available 'nvidia-smi -L | wc -l' -- pretrain_zebra.py ...
     python tools/supervise.py --ranks 4 --launch 'torchrun --nproc_per_node {ranks} --master_port {port}' -- ...
-    python tools/supervise.py --ranks 32 --launch 'srun --ntasks {ranks} --kill-on-bad-exit=1 python' -- ...
+    python tools/supervise.py --ranks 32 --launch 'env MASTER_PORT={port} srun --ntasks {ranks} --wait=60 python' -- ...
 
 A run resumes from its newest checkpoint by itself. After a failure every process that is left is killed, and the next
 start has a master port of its own. Fewer ranks than wanted (--available says how many there are) run where the layout
 allows it, from --min-ranks on, and make way for more as soon as there are: the same samples are learned in the same
-order. SIGTERM and SIGUSR1 make the run save and stop.
+order. SIGTERM, SIGUSR1 and SIGHUP make the run save and stop.
 
 Ends with 0 when the run is complete. With the run's own code at once for errors that starting again does not mend (2)
 and on request (85), else when --max-restarts are used up or --max-fruitless failures in a row left no newer checkpoint.

@@ -35,7 +35,7 @@ from megazebra.durable import (
     sync_folder,
     write_atomically,
 )
-from megazebra.errors import UserError
+from megazebra.errors import PassingError, UserError, passes
 from megazebra.parallel.collectives import all_reduce, gather_objects
 from megazebra.parallel.mesh import Group
 
@@ -161,7 +161,7 @@ class CheckpointStore:
             files = self._together(f"cannot write {saving.folder}", saving.outcome)
             merged = {name: entry for part in files for name, entry in part.items()}
             self._together(f"cannot finish {saving.folder}", lambda: self._publish(saving, merged))
-        except CheckpointError:
+        except (CheckpointError, PassingError):
             if self.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -215,19 +215,22 @@ class CheckpointStore:
         self._together(f"cannot write {self.folder}/latest", write)
 
     def _together(self, what: str, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of `action`, or the first rank's error on all ranks."""
-        result, error, damaged = None, None, False
+        """Every rank's result of `action`, or the first rank's error on all ranks.
+
+        Raises DamagedCheckpointError if that is any rank's, PassingError if the cause is any rank's of that kind, else
+        CheckpointError.
+        """
+        result, error, damaged, passing = None, None, False, False
         try:
             result = action()
         except Exception as problem:  # whatever it is, the other ranks must not wait for this one
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
-            damaged = isinstance(problem, DamagedCheckpointError)
-        outcomes = gather_objects((result, error, damaged), self.world)
-        errors = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(outcomes) if text is not None]
+            damaged, passing = isinstance(problem, DamagedCheckpointError), passes(problem)
+        outcomes = gather_objects((result, error, damaged, passing), self.world)
+        errors = [f"rank {rank}: {text}" for rank, (_, text, *_) in enumerate(outcomes) if text is not None]
         if errors:
             more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-            kind = DamagedCheckpointError if any(damaged for *_, damaged in outcomes) else CheckpointError
-            raise kind(f"{what}: {errors[0]}{more}")
+            raise _kind_of(outcomes)(f"{what}: {errors[0]}{more}")
         return [value for value, *_ in outcomes]
 
 
@@ -251,6 +254,12 @@ def read_latest(folder: Path) -> str | None:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write what `read_index` reads, with a CRC-32 of its own."""
     write_atomically(folder / "index.json", json.dumps({**index, "crc32": _crc32(index)}, indent=1).encode())
+
+
+def _kind_of(outcomes: list[tuple[Any, str | None, bool, bool]]) -> type[Exception]:
+    if any(damaged for *_, damaged, _ in outcomes):
+        return DamagedCheckpointError
+    return PassingError if any(passing for *_, passing in outcomes) else CheckpointError
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,10 @@ class Waits(Protocol):
     def reset(self) -> None: ...
 
     def seconds(self) -> float:
-        """Time in collectives since the last reset, transfers included. Call it when the device has nothing to do."""
+        """Time in collectives since the last reset, transfers included. Ends measuring until the next one.
+
+        Call it when the device has nothing to do.
+        """
 
 
 class HostWaits:
@@ -50,12 +53,14 @@ class DeviceWaits:
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self._events: list[torch.cuda.Event] | None = None
 
     def reset(self) -> None:
-        self._events: list[torch.cuda.Event] = []
+        self._events = []
 
     def enter(self, part: str) -> None:
+        if self._events is None:  # nobody asks, as in evaluation and generation: events would pile up
+            return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._events.append(event)
@@ -63,7 +68,8 @@ class DeviceWaits:
     leave = enter
 
     def seconds(self) -> float:
-        begins, ends = self._events[::2], self._events[1::2]
+        events, self._events = self._events or [], None
+        begins, ends = events[::2], events[1::2]
         return sum(begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)) / 1e3
 
 

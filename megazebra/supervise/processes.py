@@ -6,18 +6,38 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+from megazebra.errors import UserError
 
 _POLL_S = 0.1
+_LONGEST_DEATH_S = 60.0
 
 
 class Job:
-    """A command in a session of its own, which its ranks share: they are found even when the launcher is gone."""
+    """A command and what it starts. All of it has a variable in its environment, so that it is found even when the
+    launcher is gone, and in the sessions of their own that torchrun gives its ranks."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._launcher = subprocess.Popen(command, start_new_session=True)
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+        output: IO[str] | None = None,
+    ) -> None:
+        """variables: of the environment, where this process has none of that name. output: takes what all of them
+        write; None: it goes where this process's own does."""
+        mark = uuid.uuid4().hex
+        self._mark = f"MEGAZEBRA_JOB={mark}".encode()
+        environment = {**(variables or {}), **os.environ, "MEGAZEBRA_JOB": mark}
+        self._launcher = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
 
     def exit_code(self) -> int | None:
         """Of the launcher, whose ranks may go on; None while it runs. A signal's number is negative."""
@@ -30,29 +50,41 @@ class Job:
             os.kill(pid, signal.SIGUSR1)
 
     def end(self, patience_s: float) -> int:
-        """Wait until all processes have ended, and kill those that have not after `patience_s`. Returns how many."""
+        """Wait until all processes have ended, and kill those that have not after `patience_s`. Returns how many.
+
+        Raises UserError when some do not even end then.
+        """
         deadline = time.monotonic() + patience_s
         while (left := list(self._members())) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)  # reaches stopped ones too
-        while list(self._members()):
+        killed: set[int] = set()
+        deadline = time.monotonic() + _LONGEST_DEATH_S
+        while left := list(self._members()):  # again and again: they may be starting others
+            if time.monotonic() > deadline:
+                pids = ", ".join(map(str, left))
+                raise UserError(
+                    f"the processes {pids} do not end, not even by SIGKILL: a file system or a device hangs; mend "
+                    "that, then start again"
+                )
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # reaches stopped ones too
+            killed |= set(left)
             time.sleep(_POLL_S)
         self._launcher.wait()
-        return len(left)
+        return len(killed)
 
     def _ranks(self) -> Iterator[int]:
         """Processes that a launcher gave a rank, the lowest first; a rank alone is the launcher itself."""
         found = []
         for pid in self._members():
             with suppress(OSError, StopIteration):
-                environment = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
+                environment = _environment(pid)
                 found.append((int(next(entry for entry in environment if entry.startswith(b"RANK="))[5:]), pid))
         return (pid for _, pid in sorted(found))
 
     def _members(self) -> Iterator[int]:
-        """Processes of the session that have not ended."""
+        """Processes of the job that have not ended."""
         self._launcher.poll()  # so that it is no zombie
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
@@ -60,5 +92,11 @@ class Job:
             with suppress(OSError):  # it has ended meanwhile
                 # After the name, which may contain anything: state, parent, group, session.
                 state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self._launcher.pid and state not in "ZX":
+                of_job = int(session) == self._launcher.pid or self._mark in _environment(int(folder.name))
+                if of_job and state not in "ZX":
                     yield int(folder.name)
+
+
+def _environment(pid: int) -> list[bytes]:
+    """NAME=value of a process when it was started. Raises OSError when it has ended or is another user's."""
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

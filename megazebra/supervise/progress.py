@@ -42,6 +42,15 @@ def made_step(run_dir: Path) -> int:
     return 0
 
 
+def file_identity(run_dir: Path) -> int | None:
+    """Another number when the metrics were opened anew, as every start of the run does: it writes the rows that count
+    into a new file. None where there is none."""
+    try:
+        return (run_dir / "metrics.jsonl").stat().st_ino
+    except OSError:
+        return None
+
+
 def largest_world(stages: Sequence[Stage], available: int, least: int) -> int | None:
     """The largest number of ranks from `least` to `available` under which all stages run; None where there is none.
 

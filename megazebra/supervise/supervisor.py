@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from megazebra.config.stages import Stage
 from megazebra.errors import UserError
 from megazebra.launch import HANG_EXIT_CODE, INTERRUPTED_EXIT_CODE, REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
 from megazebra.supervise.processes import Job
-from megazebra.supervise.progress import largest_world, made_step, saved_step
+from megazebra.supervise.progress import file_identity, largest_world, made_step, saved_step
 
 RECORD = "supervisor.jsonl"
 
@@ -33,6 +33,7 @@ _MEANINGS = {
 _POLL_S = 0.2
 _LAST_WORDS_S = 10.0  # for ranks whose launcher is gone to say why they end
 _LONGEST_PAUSE_S = 300.0
+_LONGEST_LOOK_S = 60.0  # a driver that hangs keeps nvidia-smi for ever
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the end. Returns the exit code: 0 for a complete run, else the last one of the run's (1 for a 0)."""
-        for request in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(request, self._asked_to_stop)
+        for request in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(request) is not signal.SIG_IGN:  # as nohup has SIGHUP
+                signal.signal(request, self._asked_to_stop)
         restarts = fruitless = 0
         number = 1
         while (ranks := self._ranks_to_start()) is not None:
@@ -132,20 +134,29 @@ class Supervisor:
     def _attempt(self, number: int, ranks: int) -> tuple[Attempt, bool]:
         """Start the run and wait for its end. Also: whether it was asked to stop so that more ranks can go on."""
         first_step, started = saved_step(self.run_dir), time.monotonic()
+        before = file_identity(self.run_dir)
         say(f"start {number}: {ranks} ranks, from step {first_step}")
         job = Job([*shlex.split(self.launch.format(ranks=ranks, port=free_port())), *self.script])
         try:
-            code, grows = self._watch(job, ranks, first_step)
+            code, grows = self._watch(
+                job, ranks, lambda: file_identity(self.run_dir) != before and made_step(self.run_dir) > first_step
+            )
         except KeyboardInterrupt:  # the terminal's signal does not reach a session of its own
             code, grows = INTERRUPTED_EXIT_CODE, False
             job.end(0)
+        except BaseException:  # nothing may be left that nobody looks after
+            job.end(0)
+            raise
         killed = job.end(0 if self._stop.is_set() and code is None else _LAST_WORDS_S)
         made, saved = made_step(self.run_dir), saved_step(self.run_dir)
         code = -signal.SIGKILL if code is None else code
         return Attempt(number, ranks, first_step, saved, made, code, killed, time.monotonic() - started), grows
 
-    def _watch(self, job: Job, ranks: int, first_step: int) -> tuple[int | None, bool]:
-        """The launcher's exit code; None when it did not end in `stop_s` after it was asked to."""
+    def _watch(self, job: Job, ranks: int, makes_steps: Callable[[], bool]) -> tuple[int | None, bool]:
+        """The launcher's exit code; None when it did not end in `stop_s` after it was asked to.
+
+        makes_steps: whether this start has made one. Until then it is not asked to stop for more ranks.
+        """
         asked_at, looked_at, grows = None, time.monotonic(), False
         while (code := job.exit_code()) is None:
             time.sleep(_POLL_S)
@@ -154,9 +165,9 @@ class Supervisor:
                 if now - asked_at > self.policy.stop_s:
                     return None, grows
                 continue
-            if now - looked_at > self.policy.look_again_s and made_step(self.run_dir) > first_step:
+            if ranks < self.policy.ranks and now - looked_at > self.policy.look_again_s and makes_steps():
                 looked_at = now
-                more = largest_world(self.stages, self._available(), ranks + 1)
+                more = self._more_ranks(ranks)
                 grows = more is not None
                 if grows:
                     say(f"{more} ranks can run now: the run stops and goes on with them")
@@ -178,10 +189,25 @@ class Supervisor:
             self._stop.wait(self.policy.look_again_s)
         return None
 
+    def _more_ranks(self, ranks: int) -> int | None:
+        """How many more than `ranks` can run now; None where that is not known: a run that goes well is left alone."""
+        try:
+            return largest_world(self.stages, self._available(), ranks + 1)
+        except UserError as error:
+            say(str(error))
+            return None
+
     def _available(self) -> int:
         if self.policy.available is None:
             return self.policy.ranks
-        done = subprocess.run(self.policy.available, shell=True, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                self.policy.available, shell=True, capture_output=True, text=True, timeout=_LONGEST_LOOK_S
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"--available: `{self.policy.available}` gave no answer in {_LONGEST_LOOK_S:.0f} s"
+            ) from None
         try:
             return min(int(done.stdout), self.policy.ranks)
         except ValueError:

@@ -47,10 +47,13 @@ def train(session: Session) -> signal.Signals | None:
 
 
 def _train(session: Session) -> tuple[Progress, signal.Signals | None]:
-    stopped_by = None
     config, engine, mesh, progress = session.config, session.engine, session.mesh, session.progress
     stage, batch_size = session.stage, config.train.global_batch_size
-    if 0 < progress.step == stage.first_step:  # what the weights of the stage before do under this one's conditions
+    stopped_by = None
+    if progress.step < stage.last_step:  # a signal may have come while this was put together
+        stopped_by = session.stop.anywhere(mesh.world, session.device)
+    if stopped_by is None and 0 < progress.step == stage.first_step:
+        # What the weights of the stage before do under this one's conditions.
         validate(session, progress.step)
         evaluate(session, progress.step)
     profiler = Profiler(session)

@@ -143,6 +143,8 @@ class Reporter:
         self.message(
             f"{stopped_by.name} received: stopped after step {progress.step}, which is saved; start the same command "
             "again to go on"
+            if progress.step
+            else f"{stopped_by.name} received before the first step; start the same command again"
         )
         self.console.close()
         self.metrics.close()

@@ -66,9 +66,13 @@ class Wandb:
             self.run = wandb.init(**options)
         except Exception:  # wandb raises many kinds for a network that does not answer
             self.run = wandb.init(mode="offline", **options)
+        # W&B's own step only grows, and drops what is told later of an earlier one: that a checkpoint is complete, and
+        # the steps that a resumed run makes again.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def log(self, row: Row) -> None:
-        self.run.log(numbers_of(row), step=row["step"])
+        self.run.log({**numbers_of(row), "step": row["step"]})
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))

@@ -22,6 +22,7 @@ from megazebra.checkpoint.store import (
 )
 from megazebra.config.schema import ParallelConfig
 from megazebra.durable import file_crc32
+from megazebra.errors import PassingError
 from megazebra.parallel.mesh import ParallelMesh
 
 
@@ -129,6 +130,14 @@ def test_a_file_that_the_disk_cannot_read_is_damaged(tmp_path: Path, monkeypatch
     index = {"files": {name: {"bytes": (tmp_path / "step_00000005" / name).stat().st_size, "crc32": 0}}}
     with pytest.raises(DamagedCheckpointError, match=rf"{name} cannot be read \(Input/output error\)"):
         verify_file(tmp_path / "step_00000005", name, index)
+
+
+def test_a_file_server_that_is_gone_is_no_mistake_of_the_users(tmp_path: Path) -> None:
+    """A run that ends so is started again."""
+    store = store_in(tmp_path)
+    with pytest.raises(PassingError, match=r"cannot write .*Stale file handle"):
+        store.save(5, Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")), {})
+    assert names(tmp_path) == []
 
 
 def save_with_rank_1_failing(folder: str) -> str:

@@ -56,6 +56,8 @@ class Run:
         arguments = [
             str(PRETRAIN), *SETTINGS, f"--train.steps={STEPS}", f"--checkpoint.interval={INTERVAL}",
             "--train.micro_batch_size=1", "--validation.interval=0", "--train.guard.history=16",
+            # Which checkpoint is complete at the fault must not depend on how busy the machine is.
+            "--checkpoint.asynchronous=false",
             f"--data.path={self.corpus}/train", f"--run.dir={self.dir}", *options,
         ]  # fmt: skip
         return Ranks(arguments, self.folder / "output.txt", ranks=ranks, faults=[fault] if fault else [])
@@ -252,7 +254,8 @@ def overwrite_tokens(prefix: Path) -> None:
 
 def test_the_disk_is_full_while_saving(run: Run, small_disk: Path) -> None:
     run.dir.symlink_to(small_disk)
-    outcome = run.broken(fault=partial(faults.do, run.when(0), partial(fill, small_disk)))
+    fault = partial(faults.do, run.when(0), partial(fill, small_disk))
+    outcome = run.broken("--checkpoint.asynchronous=true", fault=fault)
     assert outcome.codes == [USER_ERROR_EXIT_CODE, USER_ERROR_EXIT_CODE], outcome.output
     sentence = outcome.sentence("No space left on device")
     run.note(

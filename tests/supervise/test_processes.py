@@ -27,6 +27,14 @@ def test_orphans_are_killed_even_stopped_ones(tmp_path: Path) -> None:
     assert job.end(patience_s=0.0) == 0
 
 
+def test_ranks_in_sessions_of_their_own_are_found(tmp_path: Path) -> None:
+    """As torchrun starts them."""
+    job = Job(["sh", "-c", f"RANK=0 setsid sh -c 'touch {tmp_path}/ready; sleep 600' & exit 0"])
+    wait_for(tmp_path / "ready")
+    assert job.end(patience_s=0.0) >= 1
+    assert job.end(patience_s=0.0) == 0
+
+
 def test_the_lowest_rank_is_asked_to_stop(tmp_path: Path) -> None:
     (tmp_path / "rank.sh").write_text(
         f"trap 'touch {tmp_path}/asked_$RANK; exit 85' USR1; touch {tmp_path}/ready_$RANK\n"

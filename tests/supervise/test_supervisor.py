@@ -14,6 +14,7 @@ import pytest
 from megazebra.config import Config
 from megazebra.config.stages import stages_of
 from megazebra.errors import UserError
+from megazebra.supervise import supervisor
 from megazebra.supervise.progress import largest_world, made_step, saved_step
 from megazebra.supervise.supervisor import RECORD, Policy, Supervisor, signal_name
 
@@ -35,7 +36,7 @@ sys.exit(int(code))
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The supervisor is a program's main part and keeps its handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -52,6 +53,37 @@ def supervise(folder: Path, plan: list[str], **policy: Any) -> tuple[int, list[d
     options = {"ranks": 4, "pause_s": 0.0, **policy}
     code = Supervisor(stages_of(config()), folder, launch, [str(folder)], Policy(**options)).run()
     return code, [json.loads(line) for line in (folder / RECORD).read_text().splitlines()]
+
+
+STEPPING = """
+import pathlib, sys, time
+ranks, folder = sys.argv[1:]
+folder = pathlib.Path(folder)
+(folder / "started").touch()
+(folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\\n')
+while not (folder / "asked").exists():
+    time.sleep(0.01)
+time.sleep(0.5)
+(folder / "checkpoints").mkdir()
+(folder / "checkpoints" / "latest").write_text("step_00000100\\n")
+"""
+
+
+def test_a_run_that_goes_well_does_not_end_by_a_broken_available(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "program.py").write_text(STEPPING)
+    available = f"if [ -e {tmp_path}/started ]; then touch {tmp_path}/asked; echo driver is gone; else echo 3; fi"
+    policy = Policy(ranks=4, available=available, look_again_s=0.1)
+    launch = f"{sys.executable} {tmp_path}/program.py {{ranks}}"
+    assert Supervisor(stages_of(config()), tmp_path, launch, [str(tmp_path)], policy).run() == 0
+    assert "printed 'driver is gone" in capsys.readouterr().err
+
+
+def test_an_available_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_LONGEST_LOOK_S", 0.1)
+    with pytest.raises(UserError, match="gave no answer"):
+        supervise(tmp_path, [], available="sleep 60")
 
 
 def test_it_starts_again_until_the_run_is_complete(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_the_same_numbers_again(original: Path, capsys: pytest.CaptureFixture[st
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "validation" not in {row["kind"] for row in rows}
     checkpoints = {path.name for path in (tmp_path / "checkpoints").glob("step_????????")}
-    assert checkpoints == {"step_00000002"}, "the second stage begins with it"
+    # The second stage begins with it. A run that is not ended in time saves its last one.
+    assert checkpoints - {"step_00000004"} == {"step_00000002"}
 
 
 @pytest.mark.slow
