@@ -5,7 +5,8 @@ python tools/evaluate.py runs/zebra --tasks positions,contexts,passkey,ruler --l
 deepspeed --num_gpus 8 tools/evaluate.py runs/zebra --parallel.context=8 --tasks passkey --lengths 32k,128k --output DIR
 
 MODEL is a run's folder (its latest checkpoint), one of its checkpoints, or a model folder. --parallel.* and
---train.attention_backend are those of training, whatever layout the model was trained under.
+--train.attention_backend are those of training, whatever layout the model was trained under; other keys of a
+configuration are refused.
 
 positions: loss by position in pieces of held-out documents. contexts: loss of the same last tokens behind contexts of
 different lengths. passkey, kv, copy: exact match by depth and length of the answer. ruler: needles, variable tracking,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from megazebra.evaluate.results import Row
 
 UNITS = {"k": 2**10, "m": 2**20}
+OVERRIDES = ("parallel.", "train.attention_backend=")  # how an override begins that is taken
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model, device, dtype, config.train.attention_backend, mesh,
         specs=resolve_specs(config), sequence_parallel=config.parallel.sequence_parallel and mesh.tp.size > 1,
     )  # fmt: skip
-    about |= {"layout": mesh.describe(), "dtype": str(dtype).removeprefix("torch."), "device": device.type}
+    # pictures: none before all is drawn. What an earlier evaluation left in the folder is not of these numbers.
+    about |= {
+        "pictures": [],
+        "layout": mesh.describe(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+    }
     speaks = mesh.world.rank == 0
     rows: list[Row] = []
     if speaks:
@@ -88,15 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if speaks:
         for group in by_schema(rows):
             print("", *table(group), sep="\n")
-        pictures = ", ".join(path.name for path in draw_all(rows, options.output))
-        print(f"\nwrote {options.output}: evaluation.json, {pictures}")
+        about["pictures"] = [path.name for path in draw_all(rows, options.output)]
+        save_results(options.output / "evaluation.json", rows, about)
+        print(f"\nwrote {options.output}: {', '.join(['evaluation.json', *about['pictures']])}")
     if world_size() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and `section.key=value` for the configuration."""
+    """Our own options, and `section.key=value` for the configuration.
+
+    Raises UserError for keys that are not of the layout or the kernels.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -111,16 +123,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
         "--depths", type=percentages, default=[0, 0.25, 0.5, 0.75, 1], metavar="0,50,100",
         help="percent of the text before the answer (default: 0,25,50,75,100)",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=20, metavar="N", help="of each cell (default: %(default)s)")
+    parser.add_argument("--samples", type=count, default=20, metavar="N", help="of each cell (default: %(default)s)")
     parser.add_argument("--data", metavar="PREFIX", help="held-out corpus, for positions and contexts")
     parser.add_argument(
         "--contexts", type=token_counts, metavar="128,1k", help="tokens before the last ones (default: the lengths)"
     )
     parser.add_argument(
-        "--final", type=int, default=128, metavar="N",
+        "--final", type=count, default=128, metavar="N",
         help="how many last tokens the task contexts scores (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--buckets", type=int, metavar="N", help="equal buckets of positions (default: octaves)")
+    parser.add_argument("--buckets", type=count, metavar="N", help="equal buckets of positions (default: octaves)")
     level = parser.add_mutually_exclusive_group()
     level.add_argument(
         "--tokenizer", type=Path, metavar="FILE",
@@ -130,23 +142,50 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     parser.add_argument(
         "--filler", type=Path, metavar="FILE", help="text to hide answers in (default: our own sentences)"
     )
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the questions (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=1234, metavar="N", help="of the questions (default: %(default)s)")
     parser.add_argument(
-        "--batch-tokens", type=int, default=16384, metavar="N", help="of a forward pass (default: %(default)s)"
+        "--batch-tokens", type=count, default=16384, metavar="N", help="of a forward pass (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on GPUs, float32 on CPUs)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     options, others = parser.parse_known_args(arguments)
-    return options, parse_command_line(others).overrides
+    given = parse_command_line(others)
+    # The weights decide what the model is: with other settings another one would be evaluated under its name.
+    refused = [override for override in given.overrides if not override.startswith(OVERRIDES)]
+    files = {"config": given.config_path, "deepspeed_config": given.deepspeed_config_path, "stage": given.stage}
+    refused += [f"{name}={value}" for name, value in files.items() if value is not None]
+    if refused:
+        raise UserError(
+            f"--{refused[0]} has no place in an evaluation, which takes the model as it is; leave it out (beside the "
+            "options of --help there are --parallel.KEY=VALUE and --train.attention_backend=NAME)"
+        )
+    return options, given.overrides
 
 
 def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    found = [name for name in text.split(",") if name]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give at least one")
+    return found
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative; give 0 or more")
+    return value
 
 
 def token_counts(text: str) -> list[int]:
     """'512,1k,128k' as numbers; k is 1,024."""
-    return [int(part.rstrip("kKmM")) * UNITS.get(part[-1:].lower(), 1) for part in names(text)]
+    return [count(part.rstrip("kKmM")) * UNITS.get(part[-1:].lower(), 1) for part in names(text)]
 
 
 def percentages(text: str) -> list[float]:

@@ -42,7 +42,7 @@ class _Continuations:
         """texts: by index, the tokens and how many of the last ones are scored."""
         self.indices = list(texts)
         self._texts = list(texts.values())
-        self.length = max(len(tokens) for tokens, _ in self._texts)
+        self.length = max(len(tokens) for tokens, _ in self._texts) - 1  # inputs: the last token is only a label
 
     @property
     def samples(self) -> int:
@@ -135,15 +135,26 @@ class MegaZebraLM(TemplateLM):
         return found
 
     def _cells(self, requests: Sequence[Any]) -> Iterator[_Continuations]:
-        """Texts of about the same length together, the longest first."""
-        alike: dict[int, dict[int, tuple[list[int], int]]] = defaultdict(dict)
+        """Texts of about the same length together, the longest first.
+
+        Rotary embeddings that look at the length see that of the cell: longrope's texts on either side of the original
+        length are apart, so that none depends on what else is asked.
+        """
+        originals = {
+            spec.rope.original_max_position_embeddings or 0
+            for spec in self.model.model.specs
+            if spec.rope.scaling == "longrope"
+        }
+        alike: dict[tuple[int, int], dict[int, tuple[list[int], int]]] = defaultdict(dict)
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation has {len(continuation)} tokens, max_length is {self.max_length}; raise it"
                 )
             tokens = (context + continuation)[-self.max_length - 1 :]
-            alike[(len(tokens) - 1).bit_length()][index] = tokens, len(continuation)
+            inputs = len(tokens) - 1
+            size = inputs.bit_length(), sum(inputs > original for original in originals)
+            alike[size][index] = tokens, len(continuation)
         return (_Continuations(alike[size]) for size in sorted(alike, reverse=True))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -152,6 +163,7 @@ class MegaZebraLM(TemplateLM):
         alike: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             alike[repr(request.args[1])].append(index)
+        done = 0  # rows of all batches: a row draws its own random numbers, or repeats of a prompt would be alike
         for indices in alike.values():
             until, most, sampling = _generation(dict(requests[indices[0]].args[1]))
             prompts = {index: self._prompt(requests[index].args[0], most) for index in indices}
@@ -159,7 +171,8 @@ class MegaZebraLM(TemplateLM):
             while waiting:
                 size = max(1, self.batch_tokens // (len(prompts[waiting[0]]) + most))
                 batch, waiting = waiting[:size], waiting[size:]
-                generated = self._generate([prompts[index] for index in batch], until, most, sampling)
+                generated = self._generate([prompts[index] for index in batch], until, most, sampling, done)
+                done += len(batch)
                 for index, text in zip(batch, generated, strict=True):
                     texts[index] = text
         return texts
@@ -171,8 +184,10 @@ class MegaZebraLM(TemplateLM):
             raise UserError(f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}")
         return self.tok_encode(context)[-room:] or [self.prefix_token_id]
 
-    def _generate(self, prompts: list[list[int]], until: list[str], most: int, sampling: Sampling) -> list[str]:
-        generation = Generator(self.model).start(prompts, most, sampling, self._text.eos_ids, self.chunk)
+    def _generate(
+        self, prompts: list[list[int]], until: list[str], most: int, sampling: Sampling, first_row: int
+    ) -> list[str]:
+        generation = Generator(self.model).start(prompts, most, sampling, self._text.eos_ids, self.chunk, first_row)
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
         for _ in generation:

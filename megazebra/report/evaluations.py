@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from megazebra.config.keys import flat
+from megazebra.durable import is_file_name
 from megazebra.errors import UserError
 from megazebra.report import html
 from megazebra.report.html import Html
 
 FILE = "evaluation.json"
 LEGEND = "columns"
+PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """content: of evaluation.json. pictures: the .png files beside it, by name."""
+    """content: of evaluation.json. pictures: the .png files beside it that it names, by name; where it says nothing of
+    pictures, all of them."""
 
     path: Path
     content: dict[str, Any]
@@ -36,7 +39,10 @@ class Evaluation:
         except (OSError, ValueError, RecursionError) as error:
             mend = "give the output folder of tools/evaluate.py"
             raise UserError(f"{path} is no evaluation ({error}); {mend}") from error
-        pictures = {file.stem: file.read_bytes() for file in sorted(path.parent.glob("*.png"))}
+        files = sorted(path.parent.glob("*.png"))
+        if isinstance(named := content.get(PICTURES), list):
+            files = [path.parent / name for name in named if is_file_name(name)]
+        pictures = {file.stem: file.read_bytes() for file in files if file.suffix == ".png" and file.is_file()}
         return cls(path, content, pictures)
 
     def shown(self) -> Html:
@@ -44,7 +50,7 @@ class Evaluation:
         about: dict[str, Any] = {}
         tables = []
         for name, value in self.content.items():
-            if name == LEGEND:
+            if name in (LEGEND, PICTURES):
                 continue
             if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
                 tables += [row_table(group) for group in alike(value)]

@@ -47,6 +47,7 @@ def page(run: Run, evaluations: Sequence[Evaluation]) -> str:
         html.section("Training", sections.charts(run)),
         html.section("Stages", sections.stages(run)),
         html.section("Validation", sections.validation(run)),
+        html.section("Evaluation while training", sections.evaluation(run)),
         html.section("Skipped updates", sections.skipped(run)),
         html.section("Communication", sections.communication(run)),
         html.section("Checkpoints", sections.checkpoints(run)),

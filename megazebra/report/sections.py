@@ -12,7 +12,7 @@ from megazebra.config.stages import stages_of
 from megazebra.plan.flops import parameter_count
 from megazebra.report import html
 from megazebra.report.charts import Points, curves
-from megazebra.report.evaluations import row_table
+from megazebra.report.evaluations import alike, row_table
 from megazebra.report.html import Html, amount, number
 from megazebra.report.run import Run
 
@@ -119,6 +119,11 @@ def validation(run: Run) -> Html:
     steps = sorted({row["step"] for row in rows})
     columns = ["step", *(f"loss {source}".rstrip() for source in sources)]
     return html.table(columns, ([step, *(losses.get((step, source)) for source in sources)] for step in steps))
+
+
+def evaluation(run: Run) -> Html:
+    """A table for each kind of task, a line for each step and cell."""
+    return html.joined(row_table(group) for group in alike([_cells(row) for row in run.of_kind("evaluation")]))
 
 
 def skipped(run: Run) -> Html:

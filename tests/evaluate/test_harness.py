@@ -9,7 +9,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,16 +22,37 @@ from megazebra.checkpoint.model_folder import ModelFolderWriter
 from megazebra.data.prepare.encoders.tokenizer import EOD_TOKEN, byte_tokenizer, serialize
 from megazebra.hf.exporting import HuggingFaceExport
 
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed; pip install -e '.[eval]'"
-)
+PLUGIN = "megazebra.evaluate.harness"
+INSTALLED = importlib.util.find_spec("lm_eval") is not None
+needs_lm_eval = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed; pip install -e '.[eval]'")
 TASKS = ("zebra_choices", "zebra_rolling", "zebra_generation")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def save_model(folder: Path) -> None:
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Our module; where lm_eval is not installed, over the few names of it that a model type is made with."""
+    if INSTALLED:
+        return importlib.import_module(PLUGIN)
+    names: dict[str, dict[str, Any]] = {
+        "lm_eval": {},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"TemplateLM": object},
+        "lm_eval.api.registry": {"register_model": lambda name: lambda model_type: model_type},
+        "lm_eval.utils": {"get_rolling_token_windows": None, "make_disjoint_window": None},
+    }
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    found = importlib.import_module(PLUGIN)
+    del sys.modules[PLUGIN]  # it is not what others would import
+    return found
+
+
+def save_model(folder: Path, **changes: Any) -> None:
     """Random weights over bytes, with windows that the longest questions exceed, and a context that they do too."""
-    config = small_config(vocab_size=257, window=7, max_position_embeddings=96)
+    config = small_config(vocab_size=257, window=7, max_position_embeddings=96, **changes)
     with ModelFolderWriter(folder, config) as writer:
         for name, parameter in make_model(config).named_parameters():
             writer.write(name, parameter)
@@ -80,3 +103,32 @@ def test_the_plugin_and_the_export_score_the_same(tmp_path: Path) -> None:
     texts, wanted = ([sample["resps"] for sample in side["zebra_generation"]] for side in (ours, theirs))
     assert texts == wanted
     assert any(response for row in texts for response in row[0]), "something was generated"
+
+
+def test_repeats_of_a_prompt_draw_their_own_tokens(plugin: types.ModuleType, tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    options = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 8}
+    requests = [SimpleNamespace(args=("the same", options)) for _ in range(5)]
+
+    def texts(batch_tokens: int) -> list[str]:
+        model = plugin.MegaZebraLM(str(tmp_path / "model"), device="cpu", batch_tokens=batch_tokens)
+        return model.generate_until(requests)
+
+    in_pairs = texts(2 * (len("the same") + 8))
+    assert len(set(in_pairs)) == 5
+    assert texts(1000) == in_pairs, "what is drawn does not depend on the batches"
+
+
+def test_longrope_scores_a_text_alike_in_any_company(plugin: types.ModuleType, tmp_path: Path) -> None:
+    original, divisors = 48, {"short_factor": (1.0,) * 4, "long_factor": (1.0, 2.0, 3.0, 4.0)}
+    rope = {"scaling": "longrope", "factor": 2.0, "original_max_position_embeddings": original, **divisors}
+    save_model(tmp_path / "model", rope_global=rope, rope_local=rope)
+    model = plugin.MegaZebraLM(str(tmp_path / "model"), device="cpu")
+    texts = [list(range(inputs + 1)) for inputs in (original - 8, original, original + 1, original + 12)]
+    requests = [("", tokens[:-4], tokens[-4:]) for tokens in texts]
+    assert [cell.length for cell in model._cells(requests)] == [original + 12, original]
+    together = model._loglikelihood_tokens(requests)
+    for request, (likelihood, greedy) in zip(requests, together, strict=True):
+        ((alone, greedy_alone),) = model._loglikelihood_tokens([request])
+        assert likelihood == pytest.approx(alone, abs=1e-4)  # float32, sums of size 20
+        assert greedy == greedy_alone

@@ -20,7 +20,14 @@ from megazebra.errors import UserError
 from megazebra.evaluate.plan import DEPTH_TASKS, Plan
 from megazebra.evaluate.recall.answers import AnswerCell, Question
 from megazebra.evaluate.recall.filler import Filler
-from megazebra.evaluate.recall.text_tasks import NEEDLES, depth_tasks, ruler_tasks, zeta_counts
+from megazebra.evaluate.recall.text_tasks import (
+    LEAST_WORDS,
+    NEEDLES,
+    depth_tasks,
+    frequent_words,
+    ruler_tasks,
+    zeta_counts,
+)
 from megazebra.evaluate.recall.texts import Answer, Encoder
 from megazebra.evaluate.recall.token_tasks import ASK, BEGIN, Alphabet, token_tasks
 from megazebra.evaluate.results import Row
@@ -233,11 +240,20 @@ def test_a_model_that_guesses_is_at_chance() -> None:
 
 
 def test_zeta_counts_fall_and_add_up() -> None:
-    for words in (16, 17, 100, 12345):
+    for words in (*range(LEAST_WORDS, 1000), 12345):
         counts = zeta_counts(words)
         assert sum(counts) == words
         assert counts == sorted(counts, reverse=True)
-        assert counts[0] > counts[1] > counts[2] >= 1
+        assert counts[0] > counts[1] > counts[2] > counts[3], "the question has one right answer"
+
+
+def test_the_shortest_text_of_frequent_words_has_one_right_answer() -> None:
+    parts = frequent_words(np.random.default_rng(0), 0, 0.0, Filler())
+    counts = Counter(parts[1].split())
+    answers = [str(part).strip() for part in parts if isinstance(part, Answer)]
+    assert answers == [word for word, _ in counts.most_common(3)]
+    third, fourth = (count for _, count in counts.most_common(4)[2:])
+    assert third > fourth
 
 
 def test_what_cannot_be_is_told() -> None:

@@ -108,6 +108,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append({"kind": "stage", "step": 20, "name": "long $x$ <b>", "seq_len": 2048})
         if step % 20 == 0:
             rows.append({"kind": "validation", "step": step, "source": "books", "loss": 7.25 - step / 100})
+            rows.append(
+                {
+                    "kind": "evaluation", "step": step, "task": "kv", "length": 256, "depth": 0.5, "start": None,
+                    "samples": 8, "loss": 2.5, "exact_match": step / 80,
+                }
+            )  # fmt: skip
             rows.append({"kind": "data", "step": step, "epochs": {"web": step / 400}})
             rows.append({"kind": "checkpoint", "step": step, "bytes": 12_000_000, "stall_s": 0.25, "seconds": 1.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "tra')
@@ -179,6 +185,13 @@ def test_the_numbers_are_those_of_the_run(run: Path, text: str) -> None:
         ["20", "12 MB", "0.25", "1.5", "deleted"],
         ["40", "12 MB", "0.25", "1.5", "on disk, latest"],
     ]
+    (evaluated,) = (table for table in parsed.tables if table[0][:2] == ["step", "task"])
+    assert evaluated == [
+        ["step", "task", "length", "depth", "samples", "loss", "exact match"],
+        ["20", "kv", "256", "0.5", "8", "2.5", "0.25"],
+        ["40", "kv", "256", "0.5", "8", "2.5", "0.5"],
+    ]
+    assert "Evaluation while training" in parsed.text
     assert parsed.table("group and kind") == [["dp.all_reduce", "2", "1,020"]]
     assert parsed.table("source") == [["web", "0.1"]]
     assert parsed.table("not at its default") == [
@@ -206,6 +219,17 @@ def test_unknown_parts_of_an_evaluation_are_shown(tmp_path: Path) -> None:
     parsed = Page(Evaluation.open(folder / "evaluation.json").shown())
     assert parsed.table("batch") == [["4", "12.5"]]
     assert parsed.fact("plan.seed.a") == "7"
+
+
+def test_only_pictures_that_an_evaluation_names_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "outside.png").write_bytes(PIXEL)
+    named = ["passkey.png", "gone.png", "../outside.png", "evaluation.json", 7]
+    for folder, more, shown in (("new", {"pictures": named}, ["passkey"]), ("before", {}, ["old", "passkey"])):
+        results = evaluation(tmp_path / folder, **more)
+        (results / "old.png").write_bytes(PIXEL)
+        opened = Evaluation.open(results)
+        assert sorted(opened.pictures) == shown
+        assert "pictures" not in Page(opened.shown()).text
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_the_same_numbers_alone_and_on_two_ranks(model: Path) -> None:
     assert about["layout"] == "dp 1 x cp 1 x tp 1"
     assert about["tokenizer"] == str(model / "tokenizer.json")
     assert {row.task for row in rows} == {"positions", "contexts", "passkey"}
+    assert about["pictures"] == ["positions.png", "contexts.png", "passkey.png"]
     assert {path.name for path in (model.parent / "alone").iterdir()} == {
         "evaluation.json", "positions.png", "contexts.png", "passkey.png",
     }  # fmt: skip
@@ -107,6 +108,38 @@ def test_options_become_a_plan(model: Path, tool: types.ModuleType) -> None:
     assert (plan.lengths, plan.depths, plan.seed) == ([900, 2048, 2**20], [0, 0.125, 1], 7)
     assert plan.encoder is not None
     assert about["tokenizer"] == str(model / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "override", ["model.window=8", "model.rope.theta=5", "data.seq_len=9", "train.precision=fp32", "config=run.yaml"]
+)
+def test_keys_that_would_change_the_model_are_refused(tool: types.ModuleType, override: str) -> None:
+    with pytest.raises(UserError, match=rf"--{override} has no place in an evaluation.*; leave it out"):
+        tool.parse_arguments(["model", "--output", "out", "--parallel.tensor=2", f"--{override}"])
+    _, overrides = tool.parse_arguments(["model", "--output", "out", "--train.attention_backend", "blocked"])
+    assert overrides == ["train.attention_backend=blocked"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--buckets", "0", "0 is less than 1"),
+        ("--buckets", "-1", "-1 is less than 1"),
+        ("--seed", "-1", "-1 is negative; give 0 or more"),
+        ("--samples", "0", "0 is less than 1"),
+        ("--lengths", ",", "',' names nothing; give at least one"),
+        ("--lengths", "0k", "0 is less than 1"),
+        ("--contexts", ",", "',' names nothing; give at least one"),
+        ("--depths", ",", "',' names nothing; give at least one"),
+        ("--tasks", "", "'' names nothing; give at least one"),
+    ],
+)
+def test_values_without_a_meaning_are_told(
+    tool: types.ModuleType, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(["model", "--output", "out", f"{option}={value}"])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
 
 
 def test_bare_tokens_ask_for_no_tokenizer(model: Path, tool: types.ModuleType) -> None:

@@ -25,6 +25,7 @@ NEEDLES = 4
 CHAIN = 5
 COMMON_WORDS, COMMON_TIMES = 5, 8
 FREQUENT_WORDS, ZETA = 3, 2.0
+LEAST_WORDS = 22  # of a text of frequent words: in shorter ones the third stands once, as all others do
 LINE_WORDS = 8
 
 # `build(n)` of a question, given its randomness: a fresh generator for every n, so that only n changes.
@@ -140,7 +141,7 @@ def common_words(random: np.random.Generator, n: int, depth: float, filler: Fill
 
 def frequent_words(random: np.random.Generator, n: int, depth: float, filler: Filler) -> Parts:
     """A text of made-up words whose frequencies fall with the square of their rank; the first three are asked for."""
-    counts = zeta_counts(16 + n)
+    counts = zeta_counts(LEAST_WORDS + n)
     words = made_up_words(random, len(counts))
     text = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
     return [
@@ -152,7 +153,7 @@ def frequent_words(random: np.random.Generator, n: int, depth: float, filler: Fi
 
 
 def zeta_counts(words: int) -> list[int]:
-    """How often each word stands in a text of so many, at least 16: in proportion to rank^-2, to the nearest number;
+    """How often each word stands in a text of so many, at least 22: in proportion to rank^-2, to the nearest number;
     what rounding leaves over goes to words that stand once."""
     ranks = np.arange(1, words + 1)
     shares = ranks**-ZETA / (ranks**-ZETA).sum()
