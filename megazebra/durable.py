@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 PARTIAL_SUFFIX = ".partial"
 _CHUNK_BYTES = 1 << 24
@@ -73,3 +74,23 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def text_file(path: Path) -> Iterator[TextIO]:
+    """A file to write text to, which appears as `path` when the block ends, and not at all after an error in it.
+
+    Makes the folder where there is none.
+    """
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with errors_name(partial), open(partial, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

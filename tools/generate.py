@@ -8,7 +8,9 @@ deepspeed --num_gpus 2 tools/generate.py models/llama --tensor 2 --prompt "Once"
 
 Prompts are read in chunks; global layers keep keys and values of all tokens, local layers of the last window only.
 Speed and the size of this cache beside that of full attention are printed on stderr. Drawn tokens depend on the seed
-and the prompt's number alone, not on what else is in the batch (to rounding, which differs between batches).
+and the prompt's number alone, not on what else is in the batch (to rounding, which differs between batches). Models
+with longrope are the exception: where one row of a batch reaches beyond the original length, all are read by the long
+factors.
 
 A prompt file has one prompt on a line, or is .jsonl with {"prompt": text} or, with --chat, {"messages": [...]}. What is
 written then, to --output or stdout, are lines of JSON: prompt, text, prompt_tokens, new_tokens, and ended: eos or
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megazebra.config.backends import attention_backend_names
-from megazebra.durable import partial_path
+from megazebra.data.prepare.encoders.encoded import is_unicode
+from megazebra.durable import text_file
 from megazebra.errors import UserError
 from megazebra.generate.sampling import Sampling
 from megazebra.launch import complete_environment, rank, readable_errors, world_size
@@ -202,11 +205,17 @@ def given_prompts(options: argparse.Namespace) -> list[Prompt]:
     Raises UserError naming the file and line that is no prompt.
     """
     if options.prompt is not None:
+        if broken := [prompt for prompt in options.prompt if not is_unicode(prompt)]:
+            raise UserError(f"--prompt {broken[0]!r} is not UTF-8; encode it so")
         return list(options.prompt)
     if options.prompt_file is None:
         # Under a launcher only the first rank may have the user's terminal.
         return [] if world_size() > 1 or sys.stdin.isatty() else [sys.stdin.read().removesuffix("\n")]
-    lines = options.prompt_file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = options.prompt_file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{options.prompt_file}, line {number} is not UTF-8 ({error.reason}); encode it so") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{options.prompt_file} has no prompt; write one on each line")
@@ -218,8 +227,13 @@ def given_prompts(options: argparse.Namespace) -> list[Prompt]:
 def _prompt_of(line: str, where: str, chat: str | None) -> Prompt:
     try:
         record = json.loads(line)
+        is_text = is_unicode(json.dumps(record, ensure_ascii=False))
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply; give a prompt or messages alone") from error
+    if not is_text:
+        raise UserError(f"{where} has half of a surrogate pair, which is no text; mend or remove it")
     found = record.get("prompt", record.get("messages")) if isinstance(record, dict) else None
     if isinstance(found, str) and found:
         return found
@@ -261,9 +275,8 @@ def output(path: Path | None) -> Iterator[TextIO]:
     elif path is None:
         yield sys.stdout
     else:
-        with open(partial_path(path), "w", encoding="utf-8") as file:
+        with text_file(path) as file:
             yield file
-        os.replace(partial_path(path), path)
 
 
 def ask() -> str | None:

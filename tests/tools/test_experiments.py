@@ -1,16 +1,56 @@
-"""The experiments of tools/experiments show what they say: minutes each, so slow."""
+"""The experiments of tools/experiments: how they begin and go on, and (slow) that they show what they say."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "tools" / "experiments"
+
+
+def load(name: str) -> types.ModuleType:
+    specification = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [("lcat_tiny", ("work", "data", "llama")), ("lit_tiny", ("work", "json")), ("passkey_tiny", ("work",))],
+)
+def test_paths_are_those_of_the_caller(
+    name: str, paths: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = load(name)
+    options = module.parse_arguments([f"--{path}=here/{path}" for path in paths])
+    assert [getattr(options, path) for path in paths] == [tmp_path / "here" / path for path in paths]
+    defaults = module.parse_arguments([])
+    assert all(getattr(defaults, path) is None or tmp_path in getattr(defaults, path).parents for path in paths)
+
+
+def test_a_stopped_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lcat = load("lcat_tiny")
+    folders = ["merged", "llama-hf", "imported"]
+    for there in range(len(folders) + 1):
+        work = tmp_path / str(there)
+        for folder in folders[:there]:
+            (work / folder).mkdir(parents=True)
+        commands: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(lcat, "run", lambda *command, into=commands: into.append(command))
+        assert lcat.convert(tmp_path / "llama", work) == work / "imported"
+        made = [[part.name for part in command if isinstance(part, Path)][-1] for command in commands]
+        assert made == folders[there:]
 
 
 def run(name: str, work: Path, *arguments: str) -> dict[str, Any]:

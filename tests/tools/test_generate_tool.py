@@ -76,14 +76,15 @@ def test_text_on_stdout_and_figures_beside(run: Run, model: Path) -> None:
 def test_batches_of_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "", PROMPTS[2]]))
     drawn = ("--temperature=1.5", "--top-p=0.9", "--seed=4")
-    run("--prompt-file", tmp_path / "prompts.txt", "--output", tmp_path / "out.jsonl", "--batch-size=2", *drawn)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    made = tmp_path / "answers" / "out.jsonl"  # in a folder that there is not yet
+    run("--prompt-file", tmp_path / "prompts.txt", "--output", made, "--batch-size=2", *drawn)
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS
     assert [row["text"] for row in rows] == expected(model, PROMPTS, sampling=Sampling(1.5, 0.9, seed=4))
     assert [row["prompt_tokens"] for row in rows] == [len(prompt.encode()) for prompt in PROMPTS]
     assert {row["ended"] for row in rows} <= {"eos", "length"}
     assert all(row["new_tokens"] == 6 for row in rows if row["ended"] == "length")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+    assert [path.name for path in made.parent.iterdir()] == ["out.jsonl"]
 
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     out, _ = run("--prompt-file", tmp_path / "prompts.jsonl", "--batch-size=3", *drawn)
@@ -91,6 +92,24 @@ def test_batches_of_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     # A prompt of its own is the first of its file.
     out, _ = run("--prompt", PROMPTS[0], "--json", *drawn)
     assert json.loads(out) == rows[0]
+
+
+def test_an_error_midway_leaves_the_old_output(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "out.jsonl").write_text("old")
+    decode, calls = Text.decode, []
+
+    def broken(self: Text, tokens: list[int]) -> str:
+        calls.append(tokens)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return decode(self, tokens)
+
+    monkeypatch.setattr(Text, "decode", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        run("--prompt-file", tmp_path / "prompts.txt", "--output", tmp_path / "out.jsonl", "--batch-size=1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+    assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
 def test_conversations(run: Run, model: Path, tmp_path: Path) -> None:
@@ -145,6 +164,30 @@ def test_mistakes_show_before_torch_is_there(model: Path, tmp_path: Path) -> Non
         done = run_alone("-c", program, str(model), *options)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "a\ngrößer".encode("latin-1"), "latin.txt, line 2 is not UTF-8 .*; encode it so"),
+        ("latin.jsonl", b'{"prompt": "x"}\n\n{"prompt": "\xff"}', "latin.jsonl, line 3 is not UTF-8"),
+        ("deep.jsonl", b'{"prompt": "x"}\n' + b"[" * 100_000, "deep.jsonl, line 2 is nested too deeply"),
+        ("half.jsonl", b'{"prompt": "a\\ud800"}', "half.jsonl, line 1 has half of a surrogate pair"),
+        (
+            "chat.jsonl", b'{"messages": [{"role": "user", "content": "a\\ud800"}]}',
+            "chat.jsonl, line 1 has half of a surrogate pair",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_told_by_its_line(run: Run, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run("--prompt-file", tmp_path / name, *(["--chat=chatml"] if name.startswith("chat") else []))
+
+
+def test_a_prompt_that_is_not_utf_8_is_told(run: Run) -> None:
+    with pytest.raises(UserError, match=r"--prompt 'a\\udcff' is not UTF-8; encode it so"):
+        run("--prompt", os.fsdecode(b"a\xff"))
 
 
 def test_two_processes_are_as_one(run: Run, model: Path) -> None:

@@ -44,13 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not Path(f"{data}/train.bin").exists():
         run("tools/preprocess_data.py", "--input", "stdlib", "--glob", "*.py", "--output", data,
             "--train-tokenizer", 4096)  # fmt: skip
-    llama, imported = options.llama or work / "llama", work / "imported"
+    llama = options.llama or work / "llama"
     if options.llama is None:
         train(options, "llama_tiny_cpu", llama, f"--data.path={data}/train")
-    if not imported.exists():
-        run("tools/merge_checkpoint.py", llama, work / "merged")
-        run("tools/convert_hf.py", "export", work / "merged", work / "llama-hf")
-        run("tools/convert_hf.py", "import", work / "llama-hf", imported, "--pattern", "GLLL", "--window", 128)
+    imported = convert(llama, work)
     results: dict[str, Any] = {"llama": measure(llama, data, options.samples), "adapted": {}, "switched": {}}
     for kind in KINDS:
         train(options, "lcat_tiny_cpu", work / kind, f"--checkpoint.init_from={imported}", *stage_overrides(kind, data))
@@ -72,7 +69,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, default=1, help="processes of a training (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="pieces of each length (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    # Commands run in the repository's root, wherever the user is.
+    options.work, options.data = options.work.resolve(), options.data.resolve()
+    options.llama = options.llama and options.llama.resolve()
+    return options
+
+
+def convert(llama: Path, work: Path) -> Path:
+    """The Llama as a GLLL model, by way of Hugging Face's format; what a run that was stopped has made is kept."""
+    merged, exported, imported = work / "merged", work / "llama-hf", work / "imported"
+    if imported.exists():
+        return imported
+    if not merged.exists():
+        run("tools/merge_checkpoint.py", llama, merged)
+    if not exported.exists():
+        run("tools/convert_hf.py", "export", merged, exported)
+    run("tools/convert_hf.py", "import", exported, imported, "--pattern", "GLLL", "--window", 128)
+    return imported
 
 
 def stage_overrides(kind: str, data: Path) -> list[str]:

@@ -84,7 +84,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="of data and weights (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.work = options.work.resolve()  # commands run in the repository's root, wherever the user is
+    options.json = options.json and options.json.resolve()
+    return options
 
 
 def make_data(work: Path, seed: int) -> None:

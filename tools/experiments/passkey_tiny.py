@@ -88,7 +88,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1200, help="updates of each model (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=40000, help="to learn from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of questions and weights (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.work = options.work.resolve()  # commands run in the repository's root, wherever the user is
+    return options
 
 
 def write_questions(prefix: Path, count: int, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from megazebra.data.prepare.long_qa.conversation import Wanted, make_conversatio
 from megazebra.data.prepare.long_qa.filler import Filler
 from megazebra.data.prepare.long_qa.names import Side
 from megazebra.data.prepare.long_qa.ruler import CharacterRuler, Ruler, TokenRuler
-from megazebra.durable import errors_name, partial_path, sync_folder
+from megazebra.durable import text_file
 
 BYTES = "bytes"
 
@@ -74,18 +73,9 @@ def open_ruler(tokenizer: str | None) -> Ruler:
 
 def write_json_lines(path: Path, records: Iterator[dict[str, Any]]) -> int:
     """Write the records to `path`, which appears when it is whole; how many there were."""
-    partial, count = partial_path(path), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with errors_name(partial), open(partial, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    count = 0
+    with text_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
     return count

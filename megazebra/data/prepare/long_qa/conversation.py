@@ -49,10 +49,10 @@ class Wanted:
             raise CorpusError("give --depths or --distances, not both: one follows from the other")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise CorpusError(f"--depths {' '.join(map(str, self.depths))}: give numbers from 0 to 1")
-        if self.distances and not 0 < max(self.distances) < min(self.lengths):
+        if self.distances and not 1 <= min(self.distances) <= max(self.distances) < min(self.lengths):
             raise CorpusError(
-                f"--distances {' '.join(map(str, self.distances))}: the farthest has to be less than the shortest "
-                f"length, {min(self.lengths)}"
+                f"--distances {' '.join(map(str, self.distances))}: each at least 1, and the farthest less than the "
+                f"shortest length, {min(self.lengths)}"
             )
 
 

@@ -180,6 +180,8 @@ def test_planting_keeps_the_text_and_the_order():
         ({"depths": (0.5, 1.5)}, "--depths 0.5 1.5: give numbers from 0 to 1"),
         ({"depths": (0.5,), "distances": (9,)}, "not both"),
         ({"distances": (1500,)}, "less than the shortest length, 1500"),
+        ({"distances": (0, 500)}, "--distances 0 500: each at least 1, and the farthest less"),
+        ({"distances": (-3,)}, "--distances -3: each at least 1"),
     ],
 )
 def test_what_cannot_be_made_is_refused(texts, wanted, message):
