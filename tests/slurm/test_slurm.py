@@ -63,7 +63,7 @@ class Slurm:
             time.sleep(0.5)
         return state
 
-    def wait_for_step(self, job: str, run_dir: Path, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, job: str, run_dir: Path, step: int, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not (run_dir / "metrics.jsonl").exists() or len(train_rows(run_dir)) < step:
             assert time.monotonic() < deadline, self.state(job)
