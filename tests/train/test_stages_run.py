@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,23 @@ def stopped_after(step: int, config: Config, folder: Path, **changes: Any) -> Co
     for section, keys in changes.items():
         tree[section] = tree[section] | keys
     return Config.model_validate(tree)
+
+
+def ask_before_training(config: Config) -> tuple[int, int | None]:
+    """The stage that is gone on with, and the signal that ended it (called on every rank; rank 1 gets the signal)."""
+    complete_environment()
+    world = World()
+    stage = stages_left(stages_of(config), world)[0]
+    with open_session(config, stage, world, build_deepspeed_config(stage.config, 2, None)) as session:
+        if session.mesh.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return stage.number, train(session)
+
+
+def test_a_stop_request_between_stages_is_heard_before_the_next_step(whole: Config, tmp_path: Path) -> None:
+    config = stopped_after(SHORT, whole, tmp_path / "run")
+    assert run_distributed(ask_before_training, 2, config) == [(1, signal.SIGUSR1)] * 2
+    assert [row["step"] for row in rows_of(config, "train")] == list(range(1, SHORT + 1))
 
 
 def test_metrics_tell_the_stages_apart(whole: Config) -> None:
