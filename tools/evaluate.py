@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from option_types import count
+
 from megazebra import __version__
 from megazebra.config import Config, load_config, parse_command_line
 from megazebra.config.schema import ModelConfig
@@ -167,13 +169,6 @@ def names(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing; give at least one")
     return found
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def seed(text: str) -> int:

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from option_types import count
+
 from megazebra.config.backends import attention_backend_names
 from megazebra.data.prepare.encoders.encoded import is_unicode
 from megazebra.durable import text_file
@@ -335,13 +337,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.output and not options.prompt_file:
         parser.error("--output is where rows of --prompt-file go; give that, too")
     return options
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 if __name__ == "__main__":
