@@ -54,22 +54,21 @@ class Job:
 
         Raises UserError when some do not even end then.
         """
-        deadline = time.monotonic() + patience_s
-        while (left := list(self._members())) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
         killed: set[int] = set()
-        deadline = time.monotonic() + _LONGEST_DEATH_S
-        while left := list(self._members()):  # again and again: they may be starting others
-            if time.monotonic() > deadline:
+        patient_until = time.monotonic() + patience_s
+        while left := list(self._members()):
+            late_s = time.monotonic() - patient_until
+            if late_s > _LONGEST_DEATH_S:
                 pids = ", ".join(map(str, left))
                 raise UserError(
                     f"the processes {pids} do not end, not even by SIGKILL: a file system or a device hangs; mend "
                     "that, then start again"
                 )
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)  # reaches stopped ones too
-            killed |= set(left)
+            if late_s >= 0:
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)  # reaches stopped ones too; again, since they may start others
+                killed |= set(left)
             time.sleep(_POLL_S)
         self._launcher.wait()
         return len(killed)
