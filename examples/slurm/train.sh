@@ -26,8 +26,9 @@ logs="$SLURM_JOB_NAME-$SLURM_JOB_ID"
 mkdir -p "$logs"
 echo "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST; rank 0 writes to $logs/0.log"
 
-# --kill-on-bad-exit=0, also where the cluster's own setting is 1: all ranks of a run that was asked to stop end with 85, and the first would have the others
-# killed, whose signal then hides it. --wait ends a run that has lost a rank as surely, a minute after.
+# --kill-on-bad-exit=0, also where the cluster's own setting is 1: all ranks of a run that was asked to stop end with 85, and
+# the first would have the others killed, whose signal then hides it. --wait ends a run that has lost a rank as surely, a
+# minute after.
 code=0
 srun --kill-on-bad-exit=0 --wait=60 --output="$logs/%t.log" --open-mode=append "${container[@]}" "${python[@]}" pretrain_zebra.py "$@" || code=$?
 # Over ssh instead: deepspeed --hostfile FILE pretrain_zebra.py "$@", with lines `NODE slots=8`. No signal of Slurm reaches

@@ -111,7 +111,7 @@ class Checkpoints:
         One with which the stage before was completed is where this stage begins. Raises CheckpointError when it is
         damaged (unless checkpoint.on_damage allows an older one), or of another configuration or corpus.
         """
-        folder, went_back = self.store.latest(), False
+        newest = folder = self.store.latest()
         while folder is not None:
             try:
                 index = self.store.load(folder, self._load)
@@ -120,13 +120,13 @@ class Checkpoints:
                 if self.config.checkpoint.on_damage == "stop" or older is None:
                     raise
                 self.notes.append(f"went back to {older.name}: {damage}")
-                folder, went_back = older, True
+                folder = older
                 continue
             except CheckpointError:
-                if went_back and _stage_of(read_index(folder))["number"] != self.stage.number:
+                if folder != newest and _stage_of(read_index(folder))["number"] != self.stage.number:
                     self.store.point_to(folder)  # another session, that stage's, goes on with it
                 raise
-            if went_back:
+            if folder != newest:
                 self.store.point_to(folder)
             refresh_weights(self.engine)
             progress = Progress(**index["progress"])

@@ -220,18 +220,29 @@ class CheckpointStore:
         Raises DamagedCheckpointError if that is any rank's, PassingError if the cause is any rank's of that kind, else
         CheckpointError.
         """
-        result, error, damaged, passing = None, None, False, False
+        result, error, kind = None, None, None
         try:
             result = action()
         except Exception as problem:  # whatever it is, the other ranks must not wait for this one
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
-            damaged, passing = isinstance(problem, DamagedCheckpointError), passes(problem)
-        outcomes = gather_objects((result, error, damaged, passing), self.world)
-        errors = [f"rank {rank}: {text}" for rank, (_, text, *_) in enumerate(outcomes) if text is not None]
+            kind = _kind_of(problem)
+        outcomes = gather_objects((result, error, kind), self.world)
+        errors = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(outcomes) if text is not None]
         if errors:
             more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
-            raise _kind_of(outcomes)(f"{what}: {errors[0]}{more}")
+            kinds = [kind for *_, kind in outcomes]
+            raise next(kind for kind in _KINDS if kind in kinds)(f"{what}: {errors[0]}{more}")
         return [value for value, *_ in outcomes]
+
+
+# Of several ranks' errors the first of these is raised on all.
+_KINDS: tuple[type[Exception], ...] = (DamagedCheckpointError, PassingError, CheckpointError)
+
+
+def _kind_of(error: Exception) -> type[Exception]:
+    if isinstance(error, DamagedCheckpointError):
+        return DamagedCheckpointError
+    return PassingError if passes(error) else CheckpointError
 
 
 def read_latest(folder: Path) -> str | None:
@@ -254,12 +265,6 @@ def read_latest(folder: Path) -> str | None:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write what `read_index` reads, with a CRC-32 of its own."""
     write_atomically(folder / "index.json", json.dumps({**index, "crc32": _crc32(index)}, indent=1).encode())
-
-
-def _kind_of(outcomes: list[tuple[Any, str | None, bool, bool]]) -> type[Exception]:
-    if any(damaged for *_, damaged, _ in outcomes):
-        return DamagedCheckpointError
-    return PassingError if any(passing for *_, passing in outcomes) else CheckpointError
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -140,12 +140,9 @@ class Reporter:
 
     def stop(self, progress: Progress, stopped_by: signal.Signals) -> None:
         """Close every record of a run that was asked to stop and can go on."""
-        self.message(
-            f"{stopped_by.name} received: stopped after step {progress.step}, which is saved; start the same command "
-            "again to go on"
-            if progress.step
-            else f"{stopped_by.name} received before the first step; start the same command again"
-        )
+        where = f": stopped after step {progress.step}, which is saved" if progress.step else " before the first step"
+        again = " to go on" if progress.step else ""
+        self.message(f"{stopped_by.name} received{where}; start the same command again{again}")
         self.console.close()
         self.metrics.close()
         self.trackers.close()

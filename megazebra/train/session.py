@@ -60,7 +60,8 @@ class World:
     def mesh(self, parallel: ParallelConfig) -> ParallelMesh:
         """Starts torch.distributed when it is first asked for."""
         start_deepspeed(self.device, parallel.timeout_s)
-        self.stop.listen()
+        if not self._meshes:
+            self.stop.listen()
         sizes = (parallel.tensor, parallel.context)
         if sizes not in self._meshes:
             self._meshes[sizes] = ParallelMesh.build(parallel, self.device)
