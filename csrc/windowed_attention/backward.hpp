@@ -68,37 +68,65 @@ public:
         dlogits_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
         dlogit_items_ = Arithmetic::PACKED == 1 ? dlogits_ : workspace.take(PIECE_KEYS * BLOCK_ROWS);
 
-        pack_keys();
-        std::fill_n(dk_, padded_keys * rows_step_, 0.0f);
-        std::fill_n(dv_, padded_keys * rows_step_, 0.0f);
         const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
         for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
             const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows - row));
             const RowBlock<BLOCK_ROWS> block(sizes_, pair_.b, pair_.first_query, row, count, pair_.first_key, keys_);
+            add_key_gradients(block.first[0]);  // no later row sees the keys before
+            pack_keys(block.last[block.vectors * LANES - 1] + TILE_KEYS);
             load_rows(row, count, block.vectors);
             std::fill_n(dq_, D * BLOCK_ROWS, 0.0f);
-            for_each_piece(block, [&](const Piece& piece) { differentiate(block, piece); });
+            Turns turns(count, sizes_.window, BLOCK_ROWS / 2);  // a tile has half the rows
+            const auto prefetch = [&] { turns.next([&](int i) { prefetch_row(row, i); }); };
+            for_each_piece(block, [&](const Piece& piece) { differentiate(block, piece, prefetch); });
             add_dq(row, count);
         }
-        add_key_gradients(dk_, sums_.dk, problem_.dk, sizes_.scale);
-        add_key_gradients(dv_, sums_.dv, problem_.dv, 1.0f);
+        add_key_gradients(keys_);
     }
 
 private:
-    void pack_keys() {
+    // Keys before `end`, as far as they aren't packed yet.
+    void pack_keys(int64_t end) {
+        end = std::min((end + 1) & ~1, keys_);
+        const int64_t first = packed_, count = end - first;
+        if (count <= 0) return;
+        packed_ = end;
         const auto rows_of = [&](const Tensor<const Element>& x) {
-            return EvenRows<const Element>{at(x, pair_.b, pair_.first_key, pair_.g), x.strides.position};
+            return EvenRows<const Element>{at(x, pair_.b, pair_.first_key + first, pair_.g), x.strides.position};
         };
         const int64_t D = sizes_.D;
-        pack_along_columns<Arithmetic>(rows_of(problem_.k), keys_, D, key_items_, items_step_);
-        pack_along_columns<Arithmetic>(rows_of(problem_.v), keys_, D, value_items_, items_step_);
-        // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
-        std::fill_n(key_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
-        std::fill_n(value_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
-        if constexpr (Arithmetic::PACKED == 2) {
-            pack_along_rows<Arithmetic>(rows_of(problem_.k), keys_, D, key_rows_, rows_step_);
-            std::fill_n(key_rows_ + (keys_ + 1) / 2 * rows_step_, TILE_KEYS / 2 * rows_step_, 0.0f);
+        pack_along_columns<Arithmetic>(rows_of(problem_.k), count, D, key_items_ + first * items_step_, items_step_);
+        pack_along_columns<Arithmetic>(rows_of(problem_.v), count, D, value_items_ + first * items_step_, items_step_);
+        if constexpr (Arithmetic::PACKED == 2)
+            pack_along_rows<Arithmetic>(rows_of(problem_.k), count, D, key_rows_ + first / 2 * rows_step_, rows_step_);
+        int64_t beyond = 0;
+        if (end == keys_) {
+            // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
+            beyond = TILE_KEYS;
+            std::fill_n(key_items_ + end * items_step_, TILE_KEYS * items_step_, 0.0f);
+            std::fill_n(value_items_ + end * items_step_, TILE_KEYS * items_step_, 0.0f);
+            if constexpr (Arithmetic::PACKED == 2)
+                std::fill_n(key_rows_ + (end + 1) / 2 * rows_step_, TILE_KEYS / 2 * rows_step_, 0.0f);
         }
+        std::fill_n(dk_ + first * rows_step_, (count + beyond) * rows_step_, 0.0f);
+        std::fill_n(dv_ + first * rows_step_, (count + beyond) * rows_step_, 0.0f);
+    }
+
+    // Row i of what the next block reads, and of what the block at `row` and the step to the next one write.
+    ALWAYS_INLINE void prefetch_row(int64_t row, int i) const {
+        const int64_t D = sizes_.D;
+        const Row next = Row::of(pair_.first_query, row + BLOCK_ROWS + i, R_);
+        const int64_t head = pair_.g * R_ + next.head;
+        prefetch(at(problem_.q, pair_.b, next.query, head), D);
+        prefetch(at(problem_.dout, pair_.b, next.query, head), D);
+        if (pair_.same_place) prefetch(at(problem_.out, pair_.b, next.query, head), D);
+        const Row now = Row::of(pair_.first_query, row + i, R_);
+        prefetch_gradient(query_gradient(now));
+        if (i * R_ >= BLOCK_ROWS) return;  // a block has so many keys of its own
+        prefetch(at(problem_.k, pair_.b, pair_.first_key + packed_ + i, pair_.g), D);
+        prefetch(at(problem_.v, pair_.b, pair_.first_key + packed_ + i, pair_.g), D);
+        prefetch_gradient(key_gradient(sums_.dk, problem_.dk, added_ + i));
+        prefetch_gradient(key_gradient(sums_.dv, problem_.dv, added_ + i));
     }
 
     void load_rows(int64_t row, int count, int vectors) {
@@ -120,25 +148,18 @@ private:
             }
             delta_[i] = problem_.delta[statistic];
         }
-        const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
-        // What is read next comes from memory while this block is computed.
-        for (int i = 0; i < count && row + BLOCK_ROWS + i < rows; ++i, next.next(R_)) {
-            const int64_t query = next.query, head = pair_.g * R_ + next.head;
-            prefetch(at(problem_.q, pair_.b, query, head), sizes_.D);
-            prefetch(at(problem_.dout, pair_.b, query, head), sizes_.D);
-            if (pair_.same_place) prefetch(at(problem_.out, pair_.b, query, head), sizes_.D);
-            prefetch(at(sums_.dq, 0, query, next.head), sizes_.D);
-        }
         pack_transposed<Arithmetic, BLOCK_ROWS>(q, vectors, sizes_.D, queries_);
         pack_transposed<Arithmetic, BLOCK_ROWS>(dout, vectors, sizes_.D, douts_);
         pack_along_rows<Arithmetic>(q, vectors * LANES, sizes_.D, query_rows_, rows_step_);
         pack_along_rows<Arithmetic>(dout, vectors * LANES, sizes_.D, dout_rows_, rows_step_);
     }
 
-    void differentiate(const RowBlock<BLOCK_ROWS>& block, const Piece& piece) {
+    // Calls prefetch() with every tile.
+    template <class Prefetch>
+    void differentiate(const RowBlock<BLOCK_ROWS>& block, const Piece& piece, const Prefetch& prefetch) {
         for (int v = piece.first_vector; v < piece.end_vector; v += TILE_VECTORS) {
             with_constant<TILE_VECTORS>(std::min(piece.end_vector - v, TILE_VECTORS), [&](auto vectors) {
-                differentiate_columns<decltype(vectors)::value>(block, piece, v * LANES);
+                differentiate_columns<decltype(vectors)::value>(block, piece, v * LANES, prefetch);
             });
         }
         const int offset = piece.first_vector * LANES / Arithmetic::PACKED;
@@ -148,10 +169,12 @@ private:
     }
 
     // Weights, gradients of logits and of queries for the rows from `offset` on.
-    template <int VECTORS>
-    void differentiate_columns(const RowBlock<BLOCK_ROWS>& block, const Piece& piece, int offset) {
+    template <int VECTORS, class Prefetch>
+    void differentiate_columns(const RowBlock<BLOCK_ROWS>& block, const Piece& piece, int offset,
+                               const Prefetch& prefetch) {
         constexpr int PACKED = Arithmetic::PACKED;
         for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
+            prefetch();
             Floats weights[TILE_KEYS][VECTORS], dlogits[TILE_KEYS][VECTORS];
             multiply<Arithmetic>(key_items_ + key * items_step_, items_step_, 1, queries_ + offset, BLOCK_ROWS,
                                  sizes_.D / PACKED, weights);
@@ -221,40 +244,58 @@ private:
         }
     }
 
-    // What was summed before plus x: rounded and returned when it is complete.
-    ALWAYS_INLINE void add_gradient(float* sum, Element* result, Floats x, bool complete) const {
-        if (!pair_.same_place) x += load(sum);
-        if (complete) {
-            store(result, x);
+    // Where a row of gradients goes, [D]: to its sum until it is complete, then rounded to the result.
+    struct Gradient {
+        float* sum;
+        Element* result;
+        bool complete;
+    };
+
+    ALWAYS_INLINE Gradient query_gradient(const Row& row) const {
+        return {at(sums_.dq, 0, row.query, row.head), at(problem_.dq, pair_.b, row.query, pair_.g * R_ + row.head),
+                seen_keys(sizes_, pair_.b, row.query).first >= pair_.complete_dq};
+    }
+
+    ALWAYS_INLINE Gradient key_gradient(const Tensor<float>& sums, const Tensor<Element>& results, int64_t i) const {
+        const int64_t key = pair_.first_key + i;
+        return {at(sums, 0, key, 0), at(results, pair_.b, key, pair_.g), key < pair_.complete_dk};
+    }
+
+    ALWAYS_INLINE void prefetch_gradient(const Gradient& gradient) const {
+        if (!pair_.same_place || !gradient.complete) prefetch(gradient.sum, sizes_.D);
+        if (gradient.complete) prefetch(gradient.result, sizes_.D);
+    }
+
+    // x [D] times a factor, and what was summed before.
+    ALWAYS_INLINE void add_gradient(const Gradient& gradient, const float* x, float factor) const {
+        float* const sum = gradient.sum;
+        Element* const result = gradient.result;
+        const int64_t D = sizes_.D;
+        if (gradient.complete && pair_.same_place) {
+            for (int64_t d = 0; d < D; d += LANES) store(result + d, load(x + d) * factor);
+        } else if (gradient.complete) {
+            for (int64_t d = 0; d < D; d += LANES) store(result + d, load(x + d) * factor + load(sum + d));
+        } else if (pair_.same_place) {
+            for (int64_t d = 0; d < D; d += LANES) store(sum + d, load(x + d) * factor);
         } else {
-            store(sum, x);
+            for (int64_t d = 0; d < D; d += LANES) store(sum + d, load(x + d) * factor + load(sum + d));
         }
     }
 
     void add_dq(int64_t row, int count) {
-        float scales[BLOCK_ROWS];
-        float* sums[BLOCK_ROWS];
-        Element* results[BLOCK_ROWS];
-        bool complete[BLOCK_ROWS];
-        std::fill_n(scales, BLOCK_ROWS, sizes_.scale);
+        float* const rows = query_rows_;  // which this block needs no more
+        unpack_transposed<BLOCK_ROWS>(dq_, count, sizes_.D, rows, rows_step_);
         Row next = Row::of(pair_.first_query, row, R_);
-        for (int i = 0; i < count; ++i, next.next(R_)) {
-            sums[i] = at(sums_.dq, 0, next.query, next.head);
-            results[i] = at(problem_.dq, pair_.b, next.query, pair_.g * R_ + next.head);
-            complete[i] = seen_keys(sizes_, pair_.b, next.query).first >= pair_.complete_dq;
-        }
-        unpack_transposed<BLOCK_ROWS>(dq_, scales, count, sizes_.D, [&](int i, int64_t d, Floats x) {
-            add_gradient(sums[i] + d, results[i] + d, x, complete[i]);
-        });
+        for (int i = 0; i < count; ++i, next.next(R_))
+            add_gradient(query_gradient(next), rows + i * rows_step_, sizes_.scale);
     }
 
-    void add_key_gradients(const float* from, const Tensor<float>& sums, const Tensor<Element>& results, float factor) {
-        for (int64_t i = 0; i < keys_; ++i) {
-            const int64_t key = pair_.first_key + i;
-            float* const sum = at(sums, 0, key, 0);
-            Element* const result = at(results, pair_.b, key, pair_.g);
-            for (int64_t d = 0; d < sizes_.D; d += LANES)
-                add_gradient(sum + d, result + d, load(from + i * rows_step_ + d) * factor, key < pair_.complete_dk);
+    // Gradients of the keys before `end`, as far as they weren't added yet.
+    void add_key_gradients(int64_t end) {
+        pack_keys(end);  // those that no row sees have gradients too: zeros
+        for (; added_ < end; ++added_) {
+            add_gradient(key_gradient(sums_.dk, problem_.dk, added_), dk_ + added_ * rows_step_, sizes_.scale);
+            add_gradient(key_gradient(sums_.dv, problem_.dv, added_), dv_ + added_ * rows_step_, 1.0f);
         }
     }
 
@@ -269,6 +310,7 @@ private:
     bool capped_;
     float logit_factor_;
     int64_t items_step_, rows_step_;
+    int64_t packed_ = 0, added_ = 0;  // keys packed so far, and those whose gradients were added to the sums
     // The panel: keys and values with items along D, keys with items along the keys, and their gradients so far.
     float *key_items_, *value_items_, *key_rows_, *dk_, *dv_;
     // The block: queries and output gradients transposed, the same with items along the rows, dq transposed.

@@ -1,8 +1,9 @@
 // The forward pass: FlashAttention's online softmax (Dao et al. 2022, algorithm 1) with queries in the vector lanes.
 //
 // Everything is transposed, S' = K Q', O' += V' P', so that the softmax needs no sum across lanes and keys and values
-// are read as scalars, in their natural layout. A task is a chunk of the rows of one key/value head; it packs the keys
-// and values that it reads panel by panel and keeps the state of its blocks between panels.
+// are read as scalars, in their natural layout. A task is a chunk of the rows of one key/value head; it takes the keys
+// and values that it reads panel by panel, packs them as its blocks come to them, and keeps the state of its blocks
+// between panels.
 
 #pragma once
 
@@ -43,8 +44,8 @@ public:
     static size_t workspace_floats(const Sizes& sizes) {
         // A chunk has at least one query, with all its rows.
         const int64_t blocks = std::max(CHUNK_ROWS, sizes.H / sizes.G) / BLOCK_ROWS + 1;
-        return 2 * (ONE_PANEL + PANEL_PADDING) * (sizes.D + ROW_PADDING) + (sizes.D + PIECE_KEYS) * BLOCK_ROWS +
-               blocks * state_floats(sizes) + 8 * ROW_PADDING;
+        return 2 * (ONE_PANEL + PANEL_PADDING) * (sizes.D + ROW_PADDING) +
+               (sizes.D + ROW_PADDING + PIECE_KEYS) * BLOCK_ROWS + blocks * state_floats(sizes) + 8 * ROW_PADDING;
     }
 
     void run(Workspace workspace) {
@@ -54,14 +55,14 @@ public:
         keys_step_ = D / Arithmetic::PACKED + ROW_PADDING, values_step_ = D + ROW_PADDING;
         keys_ = workspace.take((panel_keys + PANEL_PADDING) * keys_step_);
         values_ = workspace.take((panel_keys + PANEL_PADDING) * values_step_ / Arithmetic::PACKED);
-        queries_ = workspace.take(D * BLOCK_ROWS);
+        queries_ = workspace.take(BLOCK_ROWS * values_step_);
         weights_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
         const bool one_panel = panel_keys == keys;
         float* const states = workspace.take((one_panel ? 1 : rows_ / BLOCK_ROWS + 1) * state_floats(sizes_));
 
         for (int64_t first = first_key_; first < end_key_; first += panel_keys) {
             const int64_t count = std::min(panel_keys, end_key_ - first);
-            pack_panel(first, count);
+            begin_panel(first, count);
             for (int64_t row = 0; row < rows_; row += BLOCK_ROWS) {
                 sums_ = states + (one_panel ? 0 : row / BLOCK_ROWS * state_floats(sizes_));
                 totals_ = sums_ + D * BLOCK_ROWS;
@@ -69,7 +70,9 @@ public:
                 minus_maxima_ = rounded_totals_ + BLOCK_ROWS;
                 const int rows = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows_ - row));
                 const RowBlock<BLOCK_ROWS> block(sizes_, b_, first_query_, row, rows, first, count);
-                const bool sees_keys = block.first[0] <= block.last[block.vectors * LANES - 1];
+                const int last_key = block.last[block.vectors * LANES - 1];
+                const bool sees_keys = block.first[0] <= last_key;
+                if (sees_keys) pack_keys(last_key + TILE_KEYS);
                 if (sees_keys || first == first_key_) pack_queries(row, rows);
                 const bool harmless = logits_are_harmless(block.vectors);
                 if (first == first_key_) start_block(row, rows, harmless);
@@ -77,12 +80,14 @@ public:
                     const bool no_maxima = harmless && std::all_of(minus_maxima_, minus_maxima_ + BLOCK_ROWS,
                                                                    [](float x) { return x == 0.0f; });
                     if (!no_maxima) forget_empty_maxima();
+                    Turns turns(rows, sizes_.window, BLOCK_ROWS);
+                    const auto prefetch = [&] { turns.next([&](int i) { prefetch_row(row, i); }); };
                     for_each_piece(block, [&](const Piece& piece) {
                         with_constant<TILE_VECTORS>(piece.end_vector - piece.first_vector, [&](auto vectors) {
                             if (no_maxima) {
-                                attend<decltype(vectors)::value, true>(block, piece);
+                                attend<decltype(vectors)::value, true>(block, piece, prefetch);
                             } else {
-                                attend<decltype(vectors)::value, false>(block, piece);
+                                attend<decltype(vectors)::value, false>(block, piece, prefetch);
                             }
                         });
                     });
@@ -97,22 +102,29 @@ private:
     static int64_t relative_rows(const Sizes& sizes) { return sizes.D + Arithmetic::PACKED; }
     static int64_t state_floats(const Sizes& sizes) { return (relative_rows(sizes) + 1) * BLOCK_ROWS; }
 
-    void pack_panel(int64_t first, int64_t count) {
-        const auto rows_of = [&](const Tensor<const Element>& x) {
-            return EvenRows<const Element>{at(x, b_, first, g_), x.strides.position};
-        };
-        pack_along_columns<Arithmetic>(rows_of(problem_.k), count, sizes_.D, keys_, keys_step_);
-        pack_along_rows<Arithmetic>(rows_of(problem_.v), count, sizes_.D, values_, values_step_);
+    void begin_panel(int64_t first, int64_t count) {
+        first_of_panel_ = first, packed_ = 0, panel_keys_ = count;
         largest_key_ = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const Element* const key = at(problem_.k, b_, first + i, g_);
-            const float squares = dot(key, key, sizes_.D);
-            largest_key_ = largest(largest_key_, squares);
-        }
         // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
         const int64_t pairs = (count + Arithmetic::PACKED - 1) / Arithmetic::PACKED;
         std::fill_n(keys_ + count * keys_step_, TILE_KEYS * keys_step_, 0.0f);
         std::fill_n(values_ + pairs * values_step_, TILE_KEYS / Arithmetic::PACKED * values_step_, 0.0f);
+    }
+
+    // Keys and values of the panel before `end`, as far as they aren't packed yet.
+    void pack_keys(int64_t end) {
+        end = std::min((end + 1) & ~1, panel_keys_);
+        const int64_t count = end - packed_;
+        if (count <= 0) return;
+        const auto rows_of = [&](const Tensor<const Element>& x) {
+            return EvenRows<const Element>{at(x, b_, first_of_panel_ + packed_, g_), x.strides.position};
+        };
+        const auto keys = rows_of(problem_.k), values = rows_of(problem_.v);
+        float* const to_values = values_ + packed_ / Arithmetic::PACKED * values_step_;
+        pack_along_columns<Arithmetic>(keys, count, sizes_.D, keys_ + packed_ * keys_step_, keys_step_);
+        pack_along_rows<Arithmetic>(values, count, sizes_.D, to_values, values_step_);
+        for (int64_t i = 0; i < count; ++i) largest_key_ = largest(largest_key_, dot(keys[i], keys[i], sizes_.D));
+        packed_ = end;
     }
 
     void pack_queries(int64_t row, int rows) {
@@ -121,10 +133,19 @@ private:
         Row next = Row::of(first_query_, row, R_);
         for (int i = 0; i < rows; ++i, next.next(R_)) pointers[i] = at(problem_.q, b_, next.query, g_ * R_ + next.head);
         pack_transposed<Arithmetic, BLOCK_ROWS>(pointers, (rows + LANES - 1) / LANES, sizes_.D, queries_);
-        // What is read and written next comes from memory while this block is computed.
-        for (int i = 0; i < rows; ++i, next.next(R_)) {
-            if (row + BLOCK_ROWS + i < rows_) prefetch(at(problem_.q, b_, next.query, g_ * R_ + next.head), sizes_.D);
-        }
+    }
+
+    // Row i of what the block at `row` writes, and of what the next one reads.
+    ALWAYS_INLINE void prefetch_row(int64_t row, int i) const {
+        const auto at_row = [&](const auto& x, int64_t row) {
+            const Row now = Row::of(first_query_, row, R_);
+            return at(x, b_, now.query, g_ * R_ + now.head);
+        };
+        prefetch(at_row(problem_.out, row + i), sizes_.D);
+        prefetch(at_row(problem_.q, row + BLOCK_ROWS + i), sizes_.D);
+        if (i * R_ >= BLOCK_ROWS) return;  // a block has so many keys of its own
+        prefetch(at(problem_.k, b_, first_of_panel_ + packed_ + i, g_), sizes_.D);
+        prefetch(at(problem_.v, b_, first_of_panel_ + packed_ + i, g_), sizes_.D);
     }
 
     // What is not a number is the largest of all.
@@ -169,13 +190,15 @@ private:
         }
     }
 
-    template <int VECTORS, bool HARMLESS_LOGITS>
-    void attend(const RowBlock<BLOCK_ROWS>& block, const Piece& piece) {
+    // Calls prefetch() with every tile.
+    template <int VECTORS, bool HARMLESS_LOGITS, class Prefetch>
+    void attend(const RowBlock<BLOCK_ROWS>& block, const Piece& piece, const Prefetch& prefetch) {
         constexpr int PACKED = Arithmetic::PACKED;
         const int offset = piece.first_vector * LANES;
         const float factor = capped_ ? sizes_.softcap * LOG2_E : logit_factor_;
         int first = piece.first;  // of the keys whose weights are not in the sums yet
         for (int key = piece.first; key < piece.end; key += TILE_KEYS) {
+            prefetch();
             Floats logits[TILE_KEYS][VECTORS];
             multiply<Arithmetic>(keys_ + key * keys_step_, keys_step_, 1, queries_ + offset, BLOCK_ROWS,
                                  sizes_.D / PACKED, logits);
@@ -263,23 +286,25 @@ private:
     }
 
     void finish_block(int64_t row, int rows) {
-        float inverse[BLOCK_ROWS];
-        for (int i = 0; i < BLOCK_ROWS; ++i) inverse[i] = 1.0f / rounded_totals_[i];
-        Element* out[BLOCK_ROWS];
+        float* const sums_of_rows = queries_;  // which this block needs no more
+        unpack_transposed<BLOCK_ROWS>(sums_, rows, sizes_.D, sums_of_rows, values_step_);
         Row next = Row::of(first_query_, row, R_);
         for (int i = 0; i < rows; ++i, next.next(R_)) {
             const int64_t head = g_ * R_ + next.head;
-            out[i] = at(problem_.out, b_, next.query, head);
+            const float* const sums = sums_of_rows + i * values_step_;
+            const float inverse = 1.0f / rounded_totals_[i];
+            Element* const out = at(problem_.out, b_, next.query, head);
+            for (int64_t d = 0; d < sizes_.D; d += LANES) store(out + d, load(sums + d) * inverse);
             problem_.lse[(b_ * sizes_.S + next.query) * sizes_.H + head] =
                 static_cast<float>(std::log(totals_[i]) - minus_maxima_[i] * LN_2);
         }
-        unpack_transposed<BLOCK_ROWS>(sums_, inverse, rows, sizes_.D,
-                                      [&](int i, int64_t d, Floats x) { store(out[i] + d, x); });
     }
 
     const Forward<Element>& problem_;
     const Sizes& sizes_;
     int64_t b_, g_, R_, first_query_, rows_, first_key_, end_key_;
+    // The panel, and how many of its keys are packed.
+    int64_t first_of_panel_, panel_keys_, packed_;
     bool capped_;
     float logit_factor_;
     int64_t keys_step_, values_step_;

@@ -37,29 +37,48 @@ ALWAYS_INLINE float dot(const Element* a, const Element* b, int64_t D) {
     return sum_of_lanes(sums);
 }
 
-// Rows that are needed soon: they lie too far apart for the processor to guess. Reaching beyond a tensor is harmless.
+// A row that is needed soon: rows lie too far apart for the processor to guess. Reaching beyond a tensor is harmless.
 template <class Element>
 ALWAYS_INLINE void prefetch(const Element* row, int64_t D) {
     constexpr int64_t CACHE_LINE = 64 / sizeof(Element);
     for (int64_t d = 0; d < D; d += CACHE_LINE) __builtin_prefetch(row + d);
+    // An effect, for the compiler: GCC leaves out calls of functions that do nothing but prefetch.
+    asm volatile("");
 }
 
+// While row i of `count` is packed.
 template <class Element>
-ALWAYS_INLINE void prefetch(const EvenRows<Element>& rows, int64_t i, int64_t D) {
+ALWAYS_INLINE void prefetch(const EvenRows<Element>& rows, int64_t i, int64_t count, int64_t D) {
     constexpr int64_t AHEAD = 32;
-    prefetch(rows[i + AHEAD], D);
+    if (i + AHEAD < count) prefetch(rows[i + AHEAD], D);
 }
 
 // Rows of a block, which were asked for while the block before was computed.
 template <class Element>
-ALWAYS_INLINE void prefetch(const Element* const*, int64_t, int64_t) {}
+ALWAYS_INLINE void prefetch(const Element* const*, int64_t, int64_t, int64_t) {}
+
+// Counts the rows of a block while it is computed. With every tile it is the turn of a few of them, for which what is
+// written next and what the next block reads is asked for: asked for all at once, the processor would stop and wait.
+class Turns {
+public:
+    Turns(int rows, int64_t window, int block_rows)
+        : rows_(rows), at_once_(static_cast<int>((block_rows * TILE_KEYS + window - 1) / window)) {}
+
+    template <class Visit>
+    ALWAYS_INLINE void next(Visit visit) {
+        for (const int end = std::min(next_ + at_once_, rows_); next_ < end; ++next_) visit(next_);
+    }
+
+private:
+    int rows_, at_once_, next_ = 0;
+};
 
 // Rows [i] as items along D: [rows][D / PACKED].
 template <class Arithmetic, class Rows>
 void pack_along_columns(const Rows& rows, int64_t count, int64_t D, float* to, int64_t step) {
     for (int64_t i = 0; i < count; ++i) {
         const auto* const from = rows[i];
-        prefetch(rows, i, D);
+        prefetch(rows, i, count, D);
         if constexpr (Arithmetic::PACKED == 2) {
             for (int64_t d = 0; d < D; d += 2 * LANES) {
                 const auto* const pairs = reinterpret_cast<const float*>(from + std::min(d, D - 2 * LANES));
@@ -79,7 +98,7 @@ void pack_along_rows(const Rows& rows, int64_t count, int64_t D, float* to, int6
     } else {
         for (int64_t i = 0; i < count; i += 2, to += step) {
             const auto* const low = rows[i];
-            prefetch(rows, i, D), prefetch(rows, i + 1, D);
+            prefetch(rows, i, count, D), prefetch(rows, i + 1, count, D);
             const auto* const high = i + 1 < count ? rows[i + 1] : reinterpret_cast<decltype(low)>(zero_row);
             for (int64_t d = 0; d < D; d += LANES) {
                 // A bf16 that is loaded as a float has its bits in the high half.
@@ -154,19 +173,17 @@ void pack_transposed(Element* const* rows, int vectors, int64_t D, float* to) {
     }
 }
 
-// The way back: columns [D][BLOCK_ROWS] times a factor for each of them, as rows. put(row, d, vector) takes the parts
-// of rows [0, count).
-template <int BLOCK_ROWS, class Put>
-ALWAYS_INLINE void unpack_transposed(const float* from, const float* factors, int count, int64_t D, Put put) {
+// The way back: columns [D][BLOCK_ROWS] as rows [count][D].
+template <int BLOCK_ROWS>
+void unpack_transposed(const float* from, int count, int64_t D, float* to, int64_t step) {
     for (int first = 0; first < count; first += LANES) {
-        const Floats factor = load(factors + first);
-        const int end = std::min(first + LANES, count);
         for (int64_t d = 0; d < D; d += LANES) {
             Floats square[LANES];
             UNROLL
-            for (int i = 0; i < LANES; ++i) square[i] = load(from + (d + i) * BLOCK_ROWS + first) * factor;
+            for (int i = 0; i < LANES; ++i) square[i] = load(from + (d + i) * BLOCK_ROWS + first);
             transpose(square);
-            for (int row = first; row < end; ++row) put(row, d, square[row - first]);
+            for (int row = first; row < std::min(first + LANES, count); ++row)
+                store(to + row * step + d, square[row - first]);
         }
     }
 }
