@@ -264,7 +264,7 @@ class DataConfig(Section):
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """How text fills sequences: concatenate lays documents end to end and cuts every seq_len tokens; best_fit cuts
     only documents longer than that and fills sequences with whole ones (Ding et al. 2024), a little padding
-    remains. Conversations are always packed whole."""
+    remains. Conversations are always packed whole; held-out text is always concatenated."""
     index_compat: Literal["none", "megatron"] = "none"
     """megatron: samples in exactly the order Megatron-LM gives them for train.seed, megatron_split and this run's
     number of samples, to go on with a run begun there; one corpus only. The order changes with train.steps, as it

@@ -41,12 +41,12 @@ def test_no_word_is_unknown_and_no_name_is_one_token(lit_tiny: types.ModuleType)
         assert len(tokenizer.encode(question.answer).tokens) == tokens
 
 
-def test_base_texts_say_every_fact_twice_and_ask_nothing(lit_tiny: types.ModuleType) -> None:
+def test_base_texts_repeat_every_fact_and_ask_nothing(lit_tiny: types.ModuleType) -> None:
     source = FactSource(Side(validation=False, share=0.2), random.Random(0), "")
     said = [source.fact(facts.PLACES[0]).sentence for _ in range(3)]
     evidence = [{"evidence": [{"sentence": sentence}]} for sentence in said]
     (text,) = lit_tiny.base_texts([{"long_qa": {"questions": evidence}}], random.Random(0))
-    assert all(text.count(sentence) == 2 for sentence in said)
+    assert all(text.count(sentence) == lit_tiny.TIMES_SAID for sentence in said)
     assert "?" not in text
 
 

@@ -4,7 +4,8 @@
 
 in minutes on two CPU cores, by the commands that users have. make_long_qa.py plants facts in texts and asks for them;
 preprocess_data.py makes corpora of plain texts and of conversations; pretrain_zebra.py trains a base model on the
-texts, and then tunes it on the conversations (examples/lit_tiny_cpu.yaml), packed and masked to the answers.
+texts, which repeat facts until it looks back for them, and then tunes it on the conversations
+(examples/lit_tiny_cpu.yaml), packed and masked to the answers.
 
 Measured before and after tuning is the exact match on held-out conversations, whose people and values no training
 conversation has. An answer counts when each of its tokens, its end included, is the likeliest after the right ones
@@ -52,7 +53,8 @@ FILLER = [
 TEXTS, LINES, WORDS_IN_LINE = 50, 200, 12
 TRAINING, HELD_OUT = 16000, 200  # conversations
 LENGTH, FACTS = 136, 3  # tokens and facts in one; each fact is asked for
-BASE_STEPS = 60
+TIMES_SAID = 3  # each fact, in a text of the base model
+BASE_STEPS = 2000
 PLACES = len(names.PLACE_SIDES) * len(names.PLACE_STARTS) * len(names.PLACE_ENDS)
 CHATML = ("<|im_start|>", "<|im_end|>")
 
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_data(work, options.seed)
     first, base, tuned = work / "first", work / "base", work / "tuned"
     write_first_weights(first, options.seed)
-    steps = (f"--train.steps={BASE_STEPS}", f"--schedule.decay_steps={BASE_STEPS // 3}")
+    steps = (f"--train.steps={BASE_STEPS}", f"--schedule.decay_steps={BASE_STEPS // 5}")
     train(base, work / "data/base", options.seed, f"--checkpoint.init_from={first}", *steps)
     train(tuned, work / "data/train", options.seed, f"--checkpoint.init_from={base}")
     asked = read_rows(work / "qa/validation.jsonl")
@@ -116,11 +118,11 @@ def make_data(work: Path, seed: int) -> None:
 
 
 def base_texts(conversations: list[dict[str, Any]], draw: random.Random) -> Iterator[str]:
-    """Plain texts that say the facts of each training conversation twice: what they say can be learned by looking back,
-    and there is no question in them."""
+    """Plain texts that say the facts of each training conversation again and again, in any order: what they repeat can
+    be learned by looking back, and there is no question in them."""
     for conversation in conversations:
         said = [fact["sentence"] for question in conversation["long_qa"]["questions"] for fact in question["evidence"]]
-        yield " ".join([*said, *draw.sample(said, len(said))])
+        yield " ".join(sentence for _ in range(TIMES_SAID) for sentence in draw.sample(said, len(said)))
 
 
 def small_tokenizer() -> Tokenizer:
@@ -142,7 +144,8 @@ def small_tokenizer() -> Tokenizer:
 
 def write_first_weights(folder: Path, seed: int) -> None:
     """A model folder of random weights: as pretrain_zebra.py would draw them, but with embeddings of size one, with
-    which so small a model finds out far sooner how to look something up."""
+    which so small a model finds out far sooner how to look something up. They are the output layer as well, so the last
+    norm takes their size back."""
     import torch
 
     from megazebra.checkpoint.model_folder import ModelFolderWriter
@@ -157,6 +160,7 @@ def write_first_weights(folder: Path, seed: int) -> None:
     initialize(model, config.model, seed, mesh.tp)
     weights = full_weights(model, mesh.tp)
     weights["model.embed_tokens.weight"] /= config.model.init_std
+    weights["model.norm.weight"] *= config.model.init_std
     with ModelFolderWriter(folder, config.model) as writer:
         for name, weight in weights.items():
             writer.write(name, weight)
