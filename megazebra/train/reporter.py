@@ -165,12 +165,12 @@ class Reporter:
         losses = [row["loss"] for row in rows if row["kind"] == "train" and row["loss"] is not None]
         validation = {row["source"]: loss_of(row) for row in rows if row["kind"] == "validation"}  # the last of each
         epochs = [row["epochs"] for row in rows if row["kind"] == "data"][-1:]
-        minutes, seconds = divmod(time.perf_counter() - self.started, 60)
+        minutes, seconds = divmod(round(time.perf_counter() - self.started), 60)
         done = progress.step - self.first.step
         lines = [
             "",
             (f"{self.stage.describe()} is complete: " if self.stage.name else "")
-            + f"{progress.step} steps, {progress.tokens:,} tokens ({done} steps now, {minutes:.0f} min {seconds:.0f} s)"
+            + f"{progress.step} steps, {progress.tokens:,} tokens ({done} steps now, {minutes} min {seconds} s)"
             + (f", {skips} updates skipped" if skips else ""),
         ]
         if losses:
