@@ -68,6 +68,7 @@ public:
         dlogits_ = workspace.take(PIECE_KEYS * BLOCK_ROWS);
         dlogit_items_ = Arithmetic::PACKED == 1 ? dlogits_ : workspace.take(PIECE_KEYS * BLOCK_ROWS);
 
+        clear_beyond_panel();
         const int64_t rows = (pair_.end_query - pair_.first_query) * R_;
         for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
             const int count = static_cast<int>(std::min<int64_t>(BLOCK_ROWS, rows - row));
@@ -85,6 +86,16 @@ public:
     }
 
 private:
+    // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
+    void clear_beyond_panel() {
+        std::fill_n(key_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
+        std::fill_n(value_items_ + keys_ * items_step_, TILE_KEYS * items_step_, 0.0f);
+        if constexpr (Arithmetic::PACKED == 2)
+            std::fill_n(key_rows_ + (keys_ + 1) / 2 * rows_step_, TILE_KEYS / 2 * rows_step_, 0.0f);
+        std::fill_n(dk_ + keys_ * rows_step_, TILE_KEYS * rows_step_, 0.0f);
+        std::fill_n(dv_ + keys_ * rows_step_, TILE_KEYS * rows_step_, 0.0f);
+    }
+
     // Keys before `end`, as far as they aren't packed yet.
     void pack_keys(int64_t end) {
         end = std::min((end + 1) & ~1, keys_);
@@ -99,17 +110,8 @@ private:
         pack_along_columns<Arithmetic>(rows_of(problem_.v), count, D, value_items_ + first * items_step_, items_step_);
         if constexpr (Arithmetic::PACKED == 2)
             pack_along_rows<Arithmetic>(rows_of(problem_.k), count, D, key_rows_ + first / 2 * rows_step_, rows_step_);
-        int64_t beyond = 0;
-        if (end == keys_) {
-            // The last tile may reach beyond the panel: keys that nobody sees, but which must be numbers.
-            beyond = TILE_KEYS;
-            std::fill_n(key_items_ + end * items_step_, TILE_KEYS * items_step_, 0.0f);
-            std::fill_n(value_items_ + end * items_step_, TILE_KEYS * items_step_, 0.0f);
-            if constexpr (Arithmetic::PACKED == 2)
-                std::fill_n(key_rows_ + (end + 1) / 2 * rows_step_, TILE_KEYS / 2 * rows_step_, 0.0f);
-        }
-        std::fill_n(dk_ + first * rows_step_, (count + beyond) * rows_step_, 0.0f);
-        std::fill_n(dv_ + first * rows_step_, (count + beyond) * rows_step_, 0.0f);
+        std::fill_n(dk_ + first * rows_step_, count * rows_step_, 0.0f);
+        std::fill_n(dv_ + first * rows_step_, count * rows_step_, 0.0f);
     }
 
     // Row i of what the next block reads, and of what the block at `row` and the step to the next one write.

@@ -124,7 +124,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None,
     return model.generate(tokens, attention_mask=mask, **options)
 
 
-@pytest.mark.parametrize("case", ["several windows", "everything"])
+@pytest.mark.parametrize("case", ["llama3 beside yarn", "several windows", "everything"])
 def test_generation_is_the_argmax_of_the_full_forward(tmp_path: Path, case: str) -> None:
     ours, theirs = export(tmp_path, **CASES[case])
     generated = generate(theirs, tokens_for(ours)[:, :12])
